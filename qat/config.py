@@ -1,0 +1,246 @@
+"""The schema of a run: one dataclass per conf group, a doc line under each field, and the checks across fields.
+
+A default lives here and nowhere else; `conf/` holds chosen values. Pure Python: no Hydra, no torch, so that a wrong
+configuration is refused in well under a second. `check` returns every problem at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    path: str = "???"
+    """HF folder, hub name, .gguf file, or `package:NAME/FILE` for a file inside an installed Python package."""
+    revision: str | None = None
+    """Hub revision; None is the default branch."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only from the command line or a recipe, never from a model folder."""
+    attention: str = "sdpa"
+    """Attention implementation of transformers: sdpa or eager."""
+
+
+@dataclass
+class DataConfig:
+    kind: str = "text"
+    """text (plain file or folder of .txt), jsonl, hub (datasets library), or folder (saved by / readable for datasets)."""
+    path: str = "???"
+    """File, folder or hub name; `package:NAME/FILE` reads from an installed Python package."""
+    eval_path: str | None = None
+    """Held-out text of the same kind; None holds out the last `eval_fraction` of the documents."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set or folder."""
+    column: str = "text"
+    """Column or JSON key with the text; with `chat`, the list of messages ({role, content})."""
+    chat: bool = False
+    """The column holds conversations: render them with the tokenizer's chat template."""
+    join: str = "eos"
+    """What stands between documents in the packed stream: eos, newline, or none."""
+    block_size: int = 512
+    """Tokens per training and evaluation window."""
+    eval_fraction: float = 0.1
+    """Share of the documents, counted from the end, held out when there is no eval_path."""
+    eval_tokens: int = 16384
+    """Held-out tokens scored; fewer when the text is shorter."""
+    encoding_errors: str = "strict"
+    """What to do with bytes that are not UTF-8: strict (refuse, naming the place), replace or ignore."""
+
+
+@dataclass
+class SpecConfig:
+    bits: int = 8
+    """2 to 8."""
+    symmetric: bool = True
+    """Zero point fixed at code 0."""
+    granularity: str = "channel"
+    """tensor, channel, group or token."""
+    group_size: int | None = None
+    """Values sharing a scale when granularity=group; any divisor of in_features."""
+    dynamic: bool = False
+    """Inputs only: the scale comes from the tensor at hand."""
+
+
+@dataclass
+class SchemeConfig:
+    name: str = "???"
+    """The field's name for it, such as w4a16_g32."""
+    weight: SpecConfig = field(default_factory=SpecConfig)
+    """Grid of the weights."""
+    input: SpecConfig | None = None
+    """Grid of the layer's inputs; None keeps them float."""
+
+
+@dataclass
+class KvConfig:
+    bits: int | None = None
+    """Bits of keys and values, per token and head, dynamic; None keeps the cache float."""
+    symmetric: bool = True
+    """Zero point fixed at code 0."""
+
+
+@dataclass
+class RuleConfig:
+    match: str = "???"
+    """Glob over full module names, such as model.layers.0.*."""
+    scheme: str = "keep"
+    """Name of a scheme in conf/scheme, or keep."""
+
+
+@dataclass
+class PlanConfig:
+    rules: list[RuleConfig] = field(default_factory=list)
+    """First match wins; a rule that matches nothing is an error."""
+    embedding: str = "w8a16"
+    """Scheme of token table and output head (one matrix when tied); keep, or same for the run's scheme."""
+    min_coverage: float = 0.9
+    """The run refuses when a smaller share of the weights would be quantized."""
+
+
+@dataclass
+class FakeQuantConfig:
+    estimator: str = "ste_clipped"
+    """Gradient: ste_clipped, ste_pass_through, lsq (learned scales) or lsq_plus (and learned zero points)."""
+    weight_scale: str = "dynamic"
+    """dynamic (from the weight at every step), static (fixed after calibration) or learned (with lsq, lsq_plus)."""
+    weight_observer: str = "minmax"
+    """What chooses the weight's range at calibration: minmax, moving_average, percentile, mse or histogram."""
+    input_observer: str = "moving_average"
+    """The same for static inputs."""
+    calibration_batches: int = 8
+    """Training windows shown to the observers before the first step."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    """Peak learning rate of weights."""
+    scale_lr: float = 1e-4
+    """Peak learning rate of learned scales and zero points, relative to each scale's own size."""
+    weight_decay: float = 0.0
+    """Of 2-D weights; scales, zero points, norms and biases have none."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Adam's moments."""
+    warmup_fraction: float = 0.05
+    """Share of the steps with a linearly rising rate."""
+    final_lr_fraction: float = 0.05
+    """The cosine ends at this share of the peak."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 is off."""
+
+
+@dataclass
+class PhaseConfig:
+    at: int = 0
+    """First optimizer step of the phase."""
+    do: str = "???"
+    """observe, fake_quantize, freeze_scales or bits."""
+    bits: int | None = None
+    """With do=bits: weights whose scheme is narrower train at this width from here on."""
+
+
+@dataclass
+class PhasesConfig:
+    schedule: list[PhaseConfig] = field(default_factory=lambda: [PhaseConfig(0, "fake_quantize")])
+    """What happens from which step on; the state at a step is the sum of all entries up to it."""
+
+
+@dataclass
+class DistillConfig:
+    kl_weight: float = 1.0
+    """Weight of forward KL(teacher || student) over the vocabulary; the teacher is the model's own float weights."""
+    ce_weight: float = 0.0
+    """Weight of next-token cross entropy on the text."""
+    temperature: float = 1.0
+    """Softens both distributions; the KL term is scaled by its square."""
+    chunk_tokens: int = 256
+    """Tokens whose logits exist at one time."""
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "cpu"
+    """cpu or gpu."""
+    strategy: str = "single"
+    """single, ddp or fsdp2."""
+    devices: int = 1
+    """Processes on each machine."""
+    nodes: int = 1
+    """Machines."""
+    precision: str = "bf16"
+    """bf16 (fp32 master weights under autocast) or fp32."""
+    max_steps: int = 100
+    """Optimizer steps."""
+    batch_size: int = 2
+    """Windows per forward pass and process."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's choice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_every: int = 0
+    """Steps between validation perplexities; 0 is off."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    layer_stats_every: int = 20
+    """Steps between per-layer SQNR, clip share, code flips and scale drift; 0 is off."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 writes one at the end."""
+
+
+@dataclass
+class EvaluateConfig:
+    baselines: bool = True
+    """Also score the float model, the float control, and round-to-nearest of both."""
+    batch_size: int = 4
+    """Windows per forward pass."""
+    precision: str = "bf16"
+    """Arithmetic of every row of the table: bf16 or fp32."""
+
+
+@dataclass
+class ExportConfig:
+    format: str = "compressed_tensors"
+    """File format of the packed model."""
+    overwrite: bool = False
+    """Replace an export folder that exists."""
+    prompts: list[str] = field(default_factory=list)
+    """Questions the packed model answers at the end."""
+    max_new_tokens: int = 40
+    """Length of each answer."""
+
+
+@dataclass
+class LoggerConfig:
+    wandb: str = "off"
+    """off, offline or online; metrics.jsonl is always written."""
+    project: str = "qat"
+    """wandb project."""
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"
+    """The run folder is runs_dir/name."""
+    runs_dir: str = "runs"
+    """Where run folders live."""
+    overwrite: bool = False
+    """Replace a run folder that holds another run."""
+    seed: int = 0
+    """Seed of everything random."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    scheme: SchemeConfig = field(default_factory=SchemeConfig)
+    kv: KvConfig = field(default_factory=KvConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    fake_quant: FakeQuantConfig = field(default_factory=FakeQuantConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

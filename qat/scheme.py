@@ -1,0 +1,146 @@
+"""QuantSpec, QuantScheme, QuantPlan: which grid a tensor gets. Frozen data, validated, no tensors, no torch.
+
+A spec is the grid of one tensor; a scheme is what one layer gets; a plan maps layer names to schemes.
+How a float becomes a code is in `grid.py`, not here.
+
+Letters: N out_features, K in_features, G groups per row, S group size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from qat.errors import UserError, nearest, problem
+
+GRANULARITIES = ("tensor", "channel", "group", "token")
+SCALE_DTYPES = ("bfloat16", "float32")
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The grid of one tensor.
+
+    `granularity` says how many scales there are: one (`tensor`), one per output row (`channel`), one per `group_size`
+    values along the input dimension (`group`), or one per row of activations (`token`). `dynamic` grids take their
+    scale from the tensor at hand; static ones hold it. `scale_dtype` is what a stored scale is rounded to, in training
+    as in the file; a dynamic activation scale is never stored and stays float32. `is_activation` tells inputs and the
+    KV cache from weights: their symmetric scale divides by the highest code (127), that of weights by half the range.
+    """
+
+    bits: int
+    symmetric: bool = True
+    granularity: str = "channel"
+    group_size: int | None = None
+    dynamic: bool = False
+    scale_dtype: str = "bfloat16"
+    is_activation: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            problems.append(problem("bits", "must be a whole number from 2 to 8", self.bits, "Use 4 or 8."))
+        if self.granularity not in GRANULARITIES:
+            hint = nearest(str(self.granularity), GRANULARITIES)
+            problems.append(problem("granularity", f"must be one of {GRANULARITIES}", self.granularity, hint))
+        if self.granularity == "group" and (self.group_size is None or self.group_size < 1):
+            fix = "Set group_size=32, 64 or 128."
+            problems.append(problem("group_size", "granularity=group needs a positive size", self.group_size, fix))
+        if self.granularity != "group" and self.group_size is not None:
+            fix = "Drop group_size, or set granularity=group."
+            wanted = f"granularity={self.granularity} takes no group size"
+            problems.append(problem("group_size", wanted, self.group_size, fix))
+        if self.granularity == "token" and not self.dynamic:
+            fix = "Set dynamic=true, or granularity=tensor."
+            problems.append(problem("dynamic", "per-token scales exist only at run time", self.dynamic, fix))
+        if self.scale_dtype not in SCALE_DTYPES:
+            hint = nearest(str(self.scale_dtype), SCALE_DTYPES)
+            problems.append(problem("scale_dtype", f"must be one of {SCALE_DTYPES}", self.scale_dtype, hint))
+        if problems:
+            raise UserError(*problems)
+
+    def groups(self, in_features: int) -> int:
+        """Scales per row of `in_features` values; the caller has checked that the size divides."""
+        return in_features // self.group_size if self.group_size else 1
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a weight [..., N, K]: [..., N, G], or all ones for `tensor`. Never 0-dim (FSDP2)."""
+        if self.granularity == "tensor":
+            return (1,) * len(shape)
+        return (*shape[:-1], self.groups(shape[-1]))
+
+    def describe(self) -> str:
+        """A short reading such as `int4 sym g32`."""
+        size = f"g{self.group_size}" if self.group_size else self.granularity
+        mode = " dynamic" if self.dynamic and self.granularity != "token" else ""
+        return f"int{self.bits} {'sym' if self.symmetric else 'asym'} {size}{mode}"
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """What one layer gets: a weight grid, and an input grid or None (float inputs)."""
+
+    name: str
+    weight: QuantSpec
+    input: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.granularity == "token":
+            fix = "Use tensor, channel or group."
+            raise UserError(problem(f"scheme {self.name}", "weights have no tokens", "granularity=token", fix))
+        if self.input is not None and self.input.granularity not in ("tensor", "token"):
+            fix = "Use granularity=token (dynamic) or tensor (static)."
+            wanted = "inputs are quantized per token or per tensor"
+            raise UserError(problem(f"scheme {self.name}.input", wanted, self.input.granularity, fix))
+        assert not self.weight.is_activation and (self.input is None or self.input.is_activation)
+
+
+@dataclass(frozen=True)
+class PlanRule:
+    """Layers whose full name matches the glob `match` get `scheme`, or stay float when it is None."""
+
+    match: str
+    scheme: QuantScheme | None
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Ordered rules, first match wins; then `embedding` for token tables and output heads; then `default`."""
+
+    rules: tuple[PlanRule, ...]
+    default: QuantScheme
+    embedding: QuantScheme | None
+
+    def check_rules(self, names: Iterable[str]) -> list[str]:
+        """A problem line for every rule that matches none of `names`."""
+        names = list(names)
+        problems = []
+        for rule in self.rules:
+            if not any(fnmatchcase(name, rule.match) for name in names):
+                hint = nearest(rule.match.strip("*"), names)
+                problems.append(problem(f"plan rule '{rule.match}'", "must match a layer", "no match", hint))
+        return problems
+
+    def scheme_for(self, name: str, is_embedding: bool) -> tuple[QuantScheme | None, str]:
+        """The scheme of layer `name` and the reason: the rule that decided."""
+        for rule in self.rules:
+            if fnmatchcase(name, rule.match):
+                return rule.scheme, f"rule '{rule.match}'"
+        if is_embedding:
+            return self.embedding, "plan.embedding"
+        return self.default, "scheme"
+
+
+def indivisible(layers: dict[str, tuple[int, QuantSpec]]) -> list[str]:
+    """A problem line for every layer (name -> in_features, weight spec) whose group size does not divide its input."""
+    problems = []
+    for name, (in_features, spec) in layers.items():
+        size = spec.group_size
+        if size and in_features % size:
+            works = [d for d in (256, 192, 128, 96, 64, 48, 32, 24, 16, 8) if in_features % d == 0]
+            fix = f"Use group_size={' or '.join(map(str, works))}," if works else "Use granularity=channel,"
+            wanted = f"in_features must be a multiple of group_size={size}"
+            problems.append(problem(name, wanted, in_features, f"{fix} or keep this layer in float with a plan rule."))
+    return problems

@@ -1,12 +1,22 @@
-"""The schema of a run: one dataclass per conf group, a doc line under each field, and the checks across fields.
+"""The schema of a run: one dataclass per conf group and a doc line under each field.
 
 A default lives here and nowhere else; `conf/` holds chosen values. Pure Python: no Hydra, no torch, so that a wrong
-configuration is refused in well under a second. `check` returns every problem at once.
+configuration is refused in well under a second. At the end of the file: chosen values -> schemes, plan, KV grid.
+Ranges and checks across fields are in `checks.py`; composing from YAML and the command line is in `cli/compose.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.errors import UserError, nearest, problem
+from qat.scheme import KEEP, PlanRule, QuantPlan, QuantScheme, QuantSpec
+
+SAME = "same"
 
 
 @dataclass
@@ -24,7 +34,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     kind: str = "text"
-    """text (plain file or folder of .txt), jsonl, hub (datasets library), or folder (saved by / readable for datasets)."""
+    """text (plain file or folder of .txt), jsonl, hub (datasets library), or folder (saved or readable by datasets)."""
     path: str = "???"
     """File, folder or hub name; `package:NAME/FILE` reads from an installed Python package."""
     eval_path: str | None = None
@@ -244,3 +254,88 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+def conf_dir() -> Path:
+    """The folder of the conf groups: inside the installed package, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    fix = "Install the wheel again, or run from a whole checkout."
+    raise UserError(problem("conf", f"must stand in {package} or beside it", "no conf/train.yaml", fix))
+
+
+def recipes_dir() -> Path:
+    """The folder of the shipped recipes; it stands beside conf."""
+    folder = conf_dir().parent / "recipes"
+    if not folder.is_dir():
+        fix = "Install the wheel again, or run from a whole checkout."
+        raise UserError(problem("recipes", f"must stand in {folder.parent}", "no such folder", fix))
+    return folder
+
+
+def spec_from(config: SpecConfig, where: str, is_activation: bool) -> QuantSpec:
+    """The grid that `config` describes; UserError lines start with `where`, such as `scheme.weight`."""
+    scale_dtype = "float32" if is_activation and config.dynamic else "bfloat16"
+    try:
+        return QuantSpec(**vars(config), scale_dtype=scale_dtype, is_activation=is_activation)
+    except UserError as error:
+        raise UserError(*(f"{where}.{line}" for line in error.problems)) from None
+
+
+def scheme_from(config: SchemeConfig) -> QuantScheme:
+    """The validated scheme; UserError names every impossible field of both grids."""
+    specs: dict[str, QuantSpec] = {}
+    problems: list[str] = []
+    for part, spec in (("weight", config.weight), ("input", config.input)):
+        try:
+            if spec is not None:
+                specs[part] = spec_from(spec, f"scheme.{part}", is_activation=part == "input")
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return QuantScheme(config.name, specs["weight"], specs.get("input"))
+
+
+def load_scheme(name: str, where: str = "scheme") -> QuantScheme:
+    """The scheme in conf/scheme/`name`.yaml; UserError, naming the setting `where`, for a name that is not there."""
+    known = {file.stem: file for file in sorted((conf_dir() / "scheme").glob("*.yaml"))}
+    if name not in known:
+        raise UserError(problem(where, "must be a file in conf/scheme", f"'{name}'", nearest(name, list(known))))
+    values: dict[str, Any] = yaml.safe_load(known[name].read_text(encoding="utf-8"))
+    given = SpecConfig(**values["input"]) if values.get("input") else None
+    return scheme_from(SchemeConfig(values["name"], SpecConfig(**values["weight"]), given))
+
+
+def plan_from(config: RunConfig) -> QuantPlan:
+    """Which layer gets which scheme; UserError names every unknown or impossible one."""
+    own: list[QuantScheme] = []
+    problems: list[str] = []
+    try:
+        own.append(scheme_from(config.scheme))
+    except UserError as error:
+        problems += error.problems
+
+    def chosen(where: str, name: str) -> QuantScheme | None:
+        try:
+            return None if name == KEEP else load_scheme(name, where)
+        except UserError as error:
+            problems.extend(error.problems)
+            return None
+
+    rules = tuple(
+        PlanRule(rule.match, chosen(f"plan.rules.{i}.scheme", rule.scheme)) for i, rule in enumerate(config.plan.rules)
+    )
+    embedding = None if config.plan.embedding == SAME else chosen("plan.embedding", config.plan.embedding)
+    if problems:
+        raise UserError(*problems)
+    return QuantPlan(rules, own[0], own[0] if config.plan.embedding == SAME else embedding)
+
+
+def kv_spec(config: KvConfig) -> QuantSpec | None:
+    """The grid of keys and values, one scale per token and head taken at run time; None for a float cache."""
+    if config.bits is None:
+        return None
+    return spec_from(SpecConfig(config.bits, config.symmetric, "token", dynamic=True), "kv", is_activation=True)

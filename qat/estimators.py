@@ -51,13 +51,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, estimator: Estimator) -> Tensor:
-    """x [..., K] moved onto the grid, same shape, in the dtype the next matmul wants; gradients as `estimator` says.
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, estimator: Estimator, dtype: torch.dtype
+) -> Tensor:
+    """x [..., K] moved onto the grid, same shape, as `dtype`; gradients as `estimator` says.
 
     `scale` and `zero_point` [..., G] may be raw learned parameters: they are rounded to storable values here, and the
     gradient passes straight through that rounding.
     """
-    return _FakeQuantize.apply(x, scale, zero_point, spec, estimator, compute_dtype(x))
+    return _FakeQuantize.apply(x, scale, zero_point, spec, estimator, dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):

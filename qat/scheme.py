@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 
 from qat.errors import UserError, nearest, problem
 
@@ -70,6 +71,12 @@ class QuantSpec:
         if self.granularity == "tensor":
             return (1,) * len(shape)
         return (*shape[:-1], self.groups(shape[-1]))
+
+    def packed_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight [..., N, K]: codes (whole bytes per row), scales at 2 bytes, zero points at `bits` bits."""
+        rows, scales = prod(shape[:-1]), prod(self.scale_shape(shape))
+        zero_points = 0 if self.symmetric else (scales * self.bits + 7) // 8
+        return rows * ((shape[-1] * self.bits + 7) // 8) + 2 * scales + zero_points
 
     def describe(self) -> str:
         """A short reading such as `int4 sym g32`."""

@@ -1,0 +1,104 @@
+"""Config -> objects, top to bottom. Read this first.
+
+Each function takes the part of RunConfig it needs and returns plain objects; no class below this file ever sees a
+config object. The order of a run is in `pipeline.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat import checks
+from qat.config import RunConfig
+from qat.insert import Coverage, FakeQuantOptions, insert
+from qat.metrics import Metrics
+from qat.models import check_tokenizer, load_model, load_tokenizer
+from qat.nn.kv import install_kv
+
+
+def float_model(config: RunConfig) -> tuple[Any, Any]:
+    """The float32 Hugging Face model in eval mode, and its tokenizer."""
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model)
+    check_tokenizer(tokenizer, model.config)
+    return model, tokenizer
+
+
+def quantize_layers(model: nn.Module, config: RunConfig) -> Coverage:
+    """Put the plan's training layers and the KV grid into a float model, in place."""
+    options = FakeQuantOptions(
+        config.fake_quant.estimator,
+        config.fake_quant.weight_scale,
+        config.fake_quant.weight_observer,
+        config.fake_quant.input_observer,
+    )
+    return _insert(model, config, options)
+
+
+def rtn_layers(model: nn.Module, config: RunConfig) -> Coverage:
+    """The same plan by round-to-nearest: min-max scales from the weights as they are, nothing trained."""
+    return _insert(model, config, FakeQuantOptions(input_observer=config.fake_quant.input_observer))
+
+
+def _insert(model: nn.Module, config: RunConfig, options: FakeQuantOptions) -> Coverage:
+    coverage = insert(model, checks.plan_from(config), options, config.plan.min_coverage)
+    kv = checks.kv_spec(config.kv)
+    install_kv(model, kv)
+    coverage.kv = kv.describe() if kv else None
+    return coverage
+
+
+def training(config: RunConfig) -> dict[str, Any]:
+    """Loss, optimizer, schedule and loop options of `train.fit.fit`, as its keyword arguments."""
+    from qat.train.fit import FitOptions
+    from qat.train.losses import LossWeights
+    from qat.train.module import OptimOptions
+    from qat.train.phases import PhaseEntry
+
+    distill, optim, trainer = config.distill, config.optim, config.trainer
+    return {
+        "loss": LossWeights(distill.kl_weight, distill.ce_weight, distill.temperature, distill.chunk_tokens),
+        "optim": OptimOptions(
+            optim.lr,
+            optim.scale_lr,
+            optim.weight_decay,
+            (optim.betas[0], optim.betas[1]),
+            optim.warmup_fraction,
+            optim.final_lr_fraction,
+            optim.grad_clip,
+            trainer.max_steps,
+        ),
+        "schedule": [PhaseEntry(entry.at, entry.do, entry.bits) for entry in config.phases.schedule],
+        "options": FitOptions(
+            accelerator=trainer.accelerator,
+            strategy=trainer.strategy,
+            devices=trainer.devices,
+            nodes=trainer.nodes,
+            precision=trainer.precision,
+            max_steps=trainer.max_steps,
+            batch_size=trainer.batch_size,
+            accumulate=trainer.accumulate,
+            gradient_checkpointing=trainer.gradient_checkpointing,
+            log_every=trainer.log_every,
+            layer_stats_every=trainer.layer_stats_every,
+            eval_every=trainer.eval_every,
+            checkpoint_every=trainer.checkpoint_every,
+            seed=config.seed,
+        ),
+    }
+
+
+def metrics(config: RunConfig, folder: Path, as_dict: dict) -> Metrics:
+    """The run's metrics.jsonl, with wandb beside it when asked for."""
+    return Metrics(folder, config.logger.wandb, config.logger.project, as_dict)
+
+
+def set_threads(config: RunConfig) -> int:
+    """Apply trainer.threads; returns the number in use."""
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    return torch.get_num_threads()

@@ -1,0 +1,219 @@
+"""`check`: everything wrong with a run's values, at once and before any work.
+
+Ranges and spellings are tables over dotted keys; what concerns several fields at a time is one function for each topic.
+Types, unknown keys and missing values are refused in `cli/compose.py`, the model's shapes later in `insert.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any
+
+from qat.config import RunConfig, kv_spec, plan_from
+from qat.errors import UserError, nearest, problem
+
+PHASES = ("observe", "fake_quantize", "freeze_scales", "bits")
+LEARNED = ("lsq", "lsq_plus")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.attention": ("sdpa", "eager"),
+    "data.kind": ("text", "jsonl", "hub", "folder"),
+    "data.join": ("eos", "newline", "none"),
+    "data.encoding_errors": ("strict", "replace", "ignore"),
+    "fake_quant.estimator": ("ste_clipped", "ste_pass_through", *LEARNED),
+    "fake_quant.weight_scale": ("dynamic", "static", "learned"),
+    "fake_quant.weight_observer": ("minmax", "moving_average", "percentile", "mse", "histogram"),
+    "fake_quant.input_observer": ("minmax", "moving_average", "percentile", "mse", "histogram"),
+    "trainer.accelerator": ("cpu", "gpu"),
+    "trainer.strategy": ("single", "ddp", "fsdp2"),
+    "trainer.precision": ("bf16", "fp32"),
+    "evaluate.precision": ("bf16", "fp32"),
+    "export.format": ("compressed_tensors",),
+    "logger.wandb": ("off", "offline", "online"),
+}
+AT_LEAST: dict[str, int] = {
+    "seed": 0,
+    "data.block_size": 8,
+    "data.eval_tokens": 1,
+    "fake_quant.calibration_batches": 0,
+    "optim.weight_decay": 0,
+    "optim.grad_clip": 0,
+    "distill.kl_weight": 0,
+    "distill.ce_weight": 0,
+    "distill.chunk_tokens": 1,
+    "trainer.devices": 1,
+    "trainer.nodes": 1,
+    "trainer.max_steps": 1,
+    "trainer.batch_size": 1,
+    "trainer.accumulate": 1,
+    "trainer.threads": 1,
+    "trainer.eval_every": 0,
+    "trainer.log_every": 1,
+    "trainer.layer_stats_every": 0,
+    "trainer.checkpoint_every": 0,
+    "evaluate.batch_size": 1,
+    "export.max_new_tokens": 1,
+}
+ABOVE_ZERO = ("optim.lr", "optim.scale_lr", "distill.temperature")
+FRACTIONS = ("data.eval_fraction", "plan.min_coverage", "optim.warmup_fraction", "optim.final_lr_fraction")
+
+
+def check(config: RunConfig) -> list[str]:
+    """A line for every problem, in the project's error form; empty when the run may start."""
+    topics = (names, choices, ranges, data, model, schemes, fake_quant, phases, losses, trainer)
+    return [line for topic in topics for line in topic(config)]
+
+
+def value_at(config: RunConfig, key: str) -> Any:
+    """The value of a dotted key such as `optim.lr`."""
+    return reduce(getattr, key.split("."), config)
+
+
+def names(config: RunConfig) -> Iterator[str]:
+    name = config.name
+    if name in ("", ".", "..") or name != name.strip() or any(c in "/\\\0" for c in name):
+        yield problem("name", "must be a plain folder name", f"'{name}'", "Use runs_dir for the folder above it.")
+    if not config.runs_dir.strip():
+        yield problem("runs_dir", "must be a folder", f"'{config.runs_dir}'", "Use runs_dir=runs.")
+
+
+def choices(config: RunConfig) -> Iterator[str]:
+    for key, known in CHOICES.items():
+        value = value_at(config, key)
+        if value not in known:
+            # YAML 1.1 reads an unquoted off as false
+            hint = "Put 'off' in quotes." if value == "False" and "off" in known else nearest(value, known)
+            yield problem(key, f"must be one of {', '.join(known)}", f"'{value}'", hint)
+
+
+def ranges(config: RunConfig) -> Iterator[str]:
+    for key, least in AT_LEAST.items():
+        value = value_at(config, key)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            yield problem(key, f"must be at least {least}", value, f"Use {key}={max(least, 1)} or more.")
+    for key in ABOVE_ZERO:
+        value = value_at(config, key)
+        if not (math.isfinite(value) and value > 0):
+            yield problem(key, "must be finite and above 0", value, "Use a small positive number.")
+    for key in FRACTIONS:
+        value = value_at(config, key)
+        if not 0 <= value <= 1:
+            yield problem(key, "must be a share from 0 to 1", value, "Write 5 percent as 0.05.")
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield problem("optim.betas", "must be two numbers from 0 to below 1", betas, "Use [0.9,0.95].")
+
+
+def data(config: RunConfig) -> Iterator[str]:
+    chosen = config.data
+    if chosen.chat and chosen.kind == "text":
+        fix = "Use data=chat (JSON lines), or data.chat=false."
+        yield problem("data.chat", "plain text holds no conversations; kind must be jsonl, hub or folder", "text", fix)
+    if chosen.eval_path is None and chosen.eval_fraction in (0, 1):
+        fix = "Use data.eval_fraction=0.1, or give data.eval_path."
+        wanted = "without data.eval_path a share strictly between 0 and 1 is held out"
+        yield problem("data.eval_fraction", wanted, chosen.eval_fraction, fix)
+    if chosen.subset is not None and chosen.kind in ("text", "jsonl"):
+        fix = "Drop data.subset, or use data.kind=hub or folder."
+        yield problem("data.subset", f"data.kind={chosen.kind} has no subsets", f"'{chosen.subset}'", fix)
+
+
+def model(config: RunConfig) -> Iterator[str]:
+    chosen = config.model
+    if not (chosen.path.startswith("package:") or chosen.path.endswith(".gguf")):
+        return
+    if chosen.trust_remote_code:
+        fix = "Drop model.trust_remote_code."
+        yield problem("model.trust_remote_code", f"'{chosen.path}' brings no code to run", True, fix)
+    if chosen.revision is not None:
+        fix = "Drop model.revision."
+        yield problem("model.revision", f"'{chosen.path}' has no revisions", f"'{chosen.revision}'", fix)
+
+
+def schemes(config: RunConfig) -> Iterator[str]:
+    """Grids that cannot be, unknown schemes in the plan, and static inputs that nothing calibrates."""
+    if config.scheme.weight.dynamic:
+        fix = "Use fake_quant.weight_scale=dynamic for scales that follow the weights."
+        yield problem("scheme.weight.dynamic", "only inputs have it", True, fix)
+    try:
+        kv_spec(config.kv)
+    except UserError as error:
+        yield from error.problems
+    try:
+        plan = plan_from(config)
+    except UserError as error:
+        yield from error.problems
+        return
+    used = [plan.default, *(rule.scheme for rule in plan.rules if rule.scheme)]
+    static = next((scheme.name for scheme in used if scheme.input and not scheme.input.dynamic), None)
+    observed = config.phases.schedule and config.phases.schedule[0].do == "observe"
+    if static and config.fake_quant.calibration_batches == 0 and not observed:
+        wanted = f"the static inputs of scheme {static} need a look at the data"
+        fix = "Use fake_quant.calibration_batches=8, phases=delayed, or scheme.input.dynamic=true."
+        yield problem("fake_quant.calibration_batches", wanted, 0, fix)
+    widths = [entry.bits for entry in config.phases.schedule if entry.do == "bits" and entry.bits is not None]
+    narrowest = min((scheme for scheme in [*used, plan.embedding] if scheme), key=lambda scheme: scheme.weight.bits)
+    if widths and widths[-1] > narrowest.weight.bits:
+        wanted = f"training must end at the {narrowest.weight.bits} bits of scheme {narrowest.name}"
+        fix = f"Add an entry with bits: {narrowest.weight.bits}."
+        yield problem("phases.schedule", wanted, f"bits: {widths[-1]} as the last", fix)
+
+
+def fake_quant(config: RunConfig) -> Iterator[str]:
+    chosen = config.fake_quant
+    if (chosen.weight_scale == "learned") != (chosen.estimator in LEARNED):
+        fix = "Use fake_quant=learned, or estimator=ste_clipped with weight_scale=dynamic or static."
+        wanted = "weight_scale=learned goes with estimator lsq or lsq_plus, and only with them"
+        got = f"estimator={chosen.estimator} with weight_scale={chosen.weight_scale}"
+        yield problem("fake_quant", wanted, got, fix)
+    if chosen.weight_scale == "dynamic" and chosen.weight_observer != "minmax":
+        fix = "Use weight_observer=minmax, or weight_scale=static or learned."
+        wanted = "weight_scale=dynamic takes the weight's own extremes (minmax)"
+        yield problem("fake_quant.weight_observer", wanted, f"'{chosen.weight_observer}'", fix)
+    if chosen.estimator == "lsq_plus" and config.scheme.weight.symmetric:
+        fix = "Use estimator=lsq, or an asymmetric scheme such as w4a16_g32_asym."
+        wanted = "lsq_plus trains zero points, which a symmetric scheme has not"
+        yield problem("fake_quant.estimator", wanted, f"scheme {config.scheme.name}", fix)
+
+
+def phases(config: RunConfig) -> Iterator[str]:
+    schedule, last_step = config.phases.schedule, config.trainer.max_steps - 1
+    previous = 0
+    for i, entry in enumerate(schedule):
+        where = f"phases.schedule.{i}"
+        if entry.do not in PHASES:
+            yield problem(
+                f"{where}.do", f"must be one of {', '.join(PHASES)}", f"'{entry.do}'", nearest(entry.do, PHASES)
+            )
+        if entry.at < 0 or entry.at > last_step:
+            fix = "Move the entry, or train longer with trainer.max_steps."
+            yield problem(f"{where}.at", f"must be a step of the run, from 0 to {last_step}", entry.at, fix)
+        if entry.at < previous:
+            yield problem(
+                f"{where}.at", f"entries are sorted by step, the one before is at {previous}", entry.at, "Sort."
+            )
+        previous = entry.at
+        if (entry.do == "bits") != (entry.bits is not None):
+            got = f"do: {entry.do} with bits: {entry.bits}"
+            yield problem(where, "bits stands with do: bits and nowhere else", got, "Add or drop bits.")
+        if entry.bits is not None and not 2 <= entry.bits <= 8:
+            yield problem(f"{where}.bits", "must be a whole number from 2 to 8", entry.bits, "Use 8, 6, then 4.")
+    if not any(entry.do == "fake_quantize" for entry in schedule):
+        fix = "Add {at: 0, do: fake_quantize}."
+        yield problem("phases.schedule", "must hold a fake_quantize entry", f"{len(schedule)} others", fix)
+
+
+def losses(config: RunConfig) -> Iterator[str]:
+    if config.distill.kl_weight == 0 and config.distill.ce_weight == 0:
+        fix = "Use distill=kl, ce or kl_ce."
+        yield problem("distill", "kl_weight or ce_weight must be above 0", "0 for both", fix)
+
+
+def trainer(config: RunConfig) -> Iterator[str]:
+    chosen = config.trainer
+    if chosen.strategy == "single" and (chosen.devices > 1 or chosen.nodes > 1):
+        fix = "Use trainer.strategy=ddp or fsdp2, or one device on one node."
+        got = f"devices={chosen.devices} nodes={chosen.nodes}"
+        yield problem("trainer.strategy", "single is one process", got, fix)

@@ -1,0 +1,356 @@
+"""Command line and YAML -> RunConfig. With the scripts, the only place that knows Hydra and OmegaConf.
+
+    overrides --Hydra--> groups and recipe composed --> values set one by one --> schema --> check --> RunConfig
+
+Everything wrong is reported at once, in the project's error form, well under a second and before torch is imported.
+Ranges and checks across fields are in `checks.py`. Objects are built from the result in `build.py`, never from YAML.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
+
+from qat.checks import check
+from qat.config import RunConfig, conf_dir, recipes_dir
+from qat.errors import UserError, nearest, problem
+
+if TYPE_CHECKING:
+    import yaml
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+RECIPES = "recipes"
+OWN_RECIPE = "own_recipe"
+TYPES: dict[Any, tuple[str, str]] = {
+    int: ("must be a whole number", "Write digits, such as 4."),
+    float: ("must be a number", "Write it as 0.1 or 1e-4."),
+    bool: ("must be true or false", "Write true or false."),
+    str: ("must be text", "Put quotes around it."),
+    list: ("must be a list", "Write [a,b]."),
+}
+VALUES_ONLY = "A configuration holds values only; no object is built from a name in it."
+
+
+def compose_run(overrides: list[str]) -> RunConfig:
+    """The checked run that `overrides` describe: `group=option`, `recipe=NAME or FILE.yaml`, `dotted.key=value`.
+
+    The last of several settings of one key counts, with a warning on stderr.
+
+    Raises:
+        UserError: every problem found, before any work.
+    """
+    given, problems = read_overrides(overrides)
+    choices = {key: value for key, value in given.items() if key in groups()}
+    recipe = choices.get(RECIPES)
+    if recipe is not None and is_file_name(recipe):
+        choices[RECIPES] = OWN_RECIPE
+    for group, option in choices.items():
+        if option != OWN_RECIPE:
+            problems += option_problems(group, option)
+    content: dict[str, Any] = {}
+    if recipe is not None and not problems:
+        content, problems = read_yaml(Path(recipe) if is_file_name(recipe) else recipes_dir() / f"{recipe}.yaml")
+    if problems:
+        raise UserError(*problems)
+    config = compose_groups(choices, content)
+    for key, value in given.items():
+        if key not in choices:
+            problems += set_value(config, key, value)
+    if problems:
+        raise UserError(*problems)
+    return settle(config)
+
+
+def from_yaml(path: Path | str) -> RunConfig:
+    """The run written by `to_yaml`; UserError as `compose_run`."""
+    from omegaconf import OmegaConf
+
+    content, problems = read_yaml(Path(path))
+    if "defaults" in content:
+        problems.append(
+            problem(str(path), "must be a whole run, as resolved.yaml is", "a recipe", f"Use recipe={path}.")
+        )
+    if problems:
+        raise UserError(*problems)
+    return settle(cast("DictConfig", OmegaConf.merge(OmegaConf.structured(RunConfig), content)))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Every value of the run, defaults included, as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def list_group(group: str) -> list[tuple[str, str]]:
+    """Name and one-line description of every option of a group (`scheme`, or as people say it, `schemes`)."""
+    singular = group if group in groups() else group.removesuffix("s")
+    if singular not in groups():
+        raise UserError(problem("group", "must be a folder of conf", f"'{group}'", nearest(group, groups())))
+    return [(file.stem, first_comment(file)) for file in options(singular)]
+
+
+def groups() -> list[str]:
+    return [*sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir()), RECIPES]
+
+
+def options(group: str) -> list[Path]:
+    return sorted((recipes_dir() if group == RECIPES else conf_dir() / group).glob("*.yaml"))
+
+
+def first_comment(file: Path) -> str:
+    """The first comment that is not Hydra's package line, which has to stand before it."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line[1:].strip() for line in lines if line.startswith("#") and "@package" not in line), "")
+
+
+def is_file_name(recipe: object) -> bool:
+    return isinstance(recipe, str) and ("/" in recipe or recipe.endswith((".yaml", ".yml")))
+
+
+def read_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Key -> value in the order given, and a line for everything that cannot be read or is not a known key."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    values: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    problems = []
+    for text in overrides:
+        value: Any
+        key, _, value = text.partition("=")
+        # A file name may hold what Hydra's grammar cannot
+        if key in ("recipe", RECIPES):
+            key = RECIPES
+        else:
+            try:
+                override = parser.parse_override(text)
+            except HydraException:
+                fix = "Write key=value, and put quotes around a value with signs in it: 'key=\"value\"'."
+                problems.append(problem(text, "must read key=value", "something else", fix))
+                continue
+            key = override.get_key_element().lstrip("+")
+            if override.is_delete() or override.is_sweep_override():
+                fix = "Use key=null to unset, quotes around a value with commas, [a,b] for a list."
+                problems.append(problem(text, "must set one value", "a deletion or several values", fix))
+                continue
+            value = override.value()
+            found, hint = find(key)
+            if found is None:
+                problems.append(problem(key, "must be a setting", "an unknown key", hint))
+                continue
+        if key in texts:
+            print(f"warning: {key} is given twice, {texts[key]} and {text}; the last one counts.", file=sys.stderr)
+            del values[key]
+        texts[key], values[key] = text, value
+    return values, problems
+
+
+def find(key: str) -> tuple[Any, str]:
+    """The type of a dotted key in the schema, or None and a hint at the nearest known key."""
+    if key == RECIPES:
+        return str, ""
+    here: Any = RunConfig
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        here = without_none(here)
+        if get_origin(here) is list and part.isdigit():
+            here = get_args(here)[0]
+            continue
+        known = get_type_hints(here) if is_dataclass(here) else {}
+        if part not in known:
+            return None, VALUES_ONLY if part == "_target_" else hint_for(parts[:i], part, list(known))
+        here = known[part]
+    return here, ""
+
+
+def hint_for(path: list[str], part: str, siblings: list[str]) -> str:
+    """The same name elsewhere in the schema, else the nearest name at this place."""
+    prefix = "".join(f"{name}." for name in path)
+    elsewhere = [key for key in all_keys(RunConfig, "") if key.endswith(f".{part}")]
+    if elsewhere:
+        return f"Did you mean '{next((key for key in elsewhere if key.startswith(prefix)), elsewhere[0])}'?"
+    if not siblings:
+        return f"'{prefix[:-1]}' is a single value."
+    return nearest(prefix + part, [prefix + name for name in siblings])
+
+
+def all_keys(schema: Any, prefix: str) -> list[str]:
+    keys = []
+    for name, hint in get_type_hints(schema).items():
+        inner = without_none(hint)
+        keys += all_keys(inner, f"{prefix}{name}.") if is_dataclass(inner) else [prefix + name]
+    return keys
+
+
+def without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(inner for inner in get_args(hint) if inner is not type(None))
+    return hint
+
+
+def option_problems(group: str, option: Any) -> list[str]:
+    known = [file.stem for file in options(group)]
+    if isinstance(option, dict | list) or option is None:
+        return [problem(group, "must be the name of one option", option, f"Known: {', '.join(known)}.")]
+    if str(option) in known:
+        return []
+    has_path = "/" in str(option) and f"{group}.path" in all_keys(RunConfig, "")
+    fix = f"For a path write {group}.path={option}." if has_path else nearest(str(option), known)
+    return [problem(group, f"must be a file in {'' if group == RECIPES else 'conf/'}{group}", f"'{option}'", fix)]
+
+
+def read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """A file's content, and a line for every key or value in it that does not fit the schema."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except yaml.MarkedYAMLError as error:
+        return {}, [yaml_problem(error, str(file))]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "bytes that are not UTF-8"
+        return {}, [problem(str(file), "must be a readable YAML file", reason, "Check the path.")]
+    if not isinstance(content, dict):
+        return {}, [problem(str(file), "must hold key: value lines", "something else", "See recipes/tiny.yaml.")]
+    scratch = OmegaConf.structured(RunConfig)
+    problems = []
+    for key, value in leaves({k: v for k, v in content.items() if k != "defaults"}, ""):
+        problems += set_value(scratch, key, value, f"{file}: ")
+    return cast("dict[str, Any]", content), problems
+
+
+def leaves(content: dict, prefix: str) -> list[tuple[str, Any]]:
+    """Dotted key and value of everything in nested dictionaries; a list is one value."""
+    found = []
+    for name, value in content.items():
+        found += (
+            leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(f"{prefix}{name}", value)]
+        )
+    return found
+
+
+def unknown_keys(key: str, value: Any) -> list[str]:
+    """Every dotted key in `key: value` that the schema has not, inside lists too."""
+    if find(key)[0] is None:
+        return [key]
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [
+        bad
+        for name, part in parts
+        if isinstance(part, dict | list) or isinstance(value, dict)
+        for bad in unknown_keys(f"{key}.{name}", part)
+    ]
+
+
+def set_value(config: DictConfig, key: str, value: Any, file: str = "") -> list[str]:
+    """Set one dotted key; a line for whatever prevents it, naming the `file` the value came from."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    unknown = unknown_keys(key, value)
+    if unknown:
+        return [problem(f"{file}{bad}", "must be a setting", "an unknown key", find(bad)[1]) for bad in unknown]
+    try:
+        if any(part.isdigit() for part in key.split(".")):
+            OmegaConf.update(config, key, value)
+        else:
+            nested = value
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            config.merge_with(nested)
+    except OmegaConfBaseException as error:
+        return [misfit(key, value, error, file)]
+    return []
+
+
+def misfit(key: str, value: Any, error: OmegaConfBaseException, file: str = "") -> str:
+    """A line for a known key whose value has the wrong type."""
+    exact = re.sub(r"\[(\d+)\]", r".\1", error.full_key or key)
+    hint = find(exact)[0] or find(key)[0]
+    inner = without_none(hint)
+    wanted, fix = TYPES.get(get_origin(inner) or inner, ("must be a group of settings", f"Set {exact}.FIELD=VALUE."))
+    if exact in groups():
+        fix = f"To choose an option inside a recipe, write `- override /{exact}: NAME` under defaults."
+    return problem(f"{file}{exact}", wanted + (" or null" if inner is not hint else ""), f"'{value}'", fix)
+
+
+def yaml_problem(error: yaml.MarkedYAMLError, file: str) -> str:
+    mark = error.problem_mark
+    where = f"{file}:{mark.line + 1}" if mark else file
+    return problem(
+        where, "must be YAML", error.problem or "something else", "Check the indentation, colons and quotes."
+    )
+
+
+def compose_groups(choices: dict[str, Any], own_recipe: dict[str, Any]) -> DictConfig:
+    """Hydra's composition of train.yaml with one option for each group, and the recipe last."""
+    import yaml
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    if choices.get(RECIPES) == OWN_RECIPE:
+        store.store(group=RECIPES, name=OWN_RECIPE, node=own_recipe, package="_global_")
+    # Recipes are a group too, but stand outside conf
+    folder = str(recipes_dir().parent).replace("\\", "\\\\").replace('"', '\\"')
+    overrides = [f'hydra.searchpath=["file://{folder}"]', *(f"{group}={name}" for group, name in choices.items())]
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("train", overrides)
+    except yaml.MarkedYAMLError as error:
+        raise UserError(yaml_problem(error, getattr(error.problem_mark, "name", "conf"))) from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(composition_problem(error)) from None
+
+
+def composition_problem(error: Exception) -> str:
+    """A line for what Hydra refused in a YAML file: an unknown option, an unknown key, or a wrong type."""
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    first, _, rest = str(error).replace(f"'{RECIPES}/{OWN_RECIPE}'", "the recipe").partition("\n")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        hint = nearest(name, list(error.options or []))
+        return problem(group or "defaults", "must name an option that exists", f"'{name}'", hint)
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    where = first.split(":")[0] + ": " if first.startswith("In ") else ""
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        return problem(f"{where}{cause.full_key}", "must be a setting", "an unknown key", find(cause.full_key)[1])
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key and find(cause.full_key)[0]:
+        return misfit(cause.full_key, rest.partition("\n")[0], cause, where)
+    typo = re.search(r"Could not override '/?(\w+)'", first)
+    fix = nearest(typo[1], groups()) if typo else "Write `- override /GROUP: NAME`, as recipes/tiny.yaml does."
+    return problem("defaults", "must compose", f'"{first}"', fix)
+
+
+def settle(config: DictConfig) -> RunConfig:
+    """The composed values through the schema once more, complete and checked."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(*(problem(key, "must be given", "nothing", f"Add {key}=VALUE.") for key in missing))
+        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), config))
+    except OmegaConfBaseException as error:
+        first = str(error).partition("\n")[0]
+        fix = "Refer to keys of the run only, such as ${name}."
+        raise UserError(problem(error.full_key or "configuration", "must resolve", f"'{first}'", fix)) from None
+    assert isinstance(run, RunConfig)
+    problems = check(run)
+    if problems:
+        raise UserError(*problems)
+    return run

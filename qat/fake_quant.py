@@ -1,0 +1,159 @@
+"""FakeQuantize: float in, float on the grid out, straight-through gradient. Owns one Observer and the QParams.
+
+Where the scale comes from is fixed at construction:
+    dynamic   from the tensor at hand, at every call, until it is frozen
+    static    from the observer, once
+    learned   static, times (1 + scale_shift) with a learned shift; the shift makes the learning rate relative, and the
+              product is plain float32 multiplication, so the same bits on every machine
+Everything that changes is a buffer or parameter with its final shape from construction; `phase` [4] holds
+(observing, quantizing, frozen, bits) and is mirrored in plain ints so that forward never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat import estimators, grid
+from qat.errors import UserError, problem
+from qat.estimators import Estimator
+from qat.grid import QParams
+from qat.observers import OBSERVERS, Observer
+from qat.scheme import QuantSpec
+
+SCALE_MODES = ("dynamic", "static", "learned")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a FakeQuantize does now."""
+
+    observing: bool = False
+    quantizing: bool = True
+    frozen: bool = False
+    bits: int = 8
+
+
+class FakeQuantize(nn.Module):
+    """Moves x [..., K] onto the grid of `spec`.
+
+    Args:
+        spec: the final grid.
+        scale_shape: [..., G] of the scale; (1,) for dynamic per-token grids, which store nothing.
+        estimator: which gradients flow.
+        scale_mode: dynamic, static or learned.
+        observer: key of OBSERVERS; unused (None) when the scale is dynamic.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    phase: Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        scale_shape: tuple[int, ...],
+        estimator: Estimator,
+        scale_mode: str,
+        observer: str | None = None,
+    ):
+        super().__init__()
+        assert scale_mode in SCALE_MODES, scale_mode
+        assert (scale_mode == "learned") == estimator.learns_scale
+        self.spec, self.estimator, self.scale_mode = spec, estimator, scale_mode
+        self.observer: Observer | None = None
+        if scale_mode != "dynamic":
+            self.observer = OBSERVERS[observer or "minmax"](spec, scale_shape)
+        self.register_buffer("scale", torch.ones(scale_shape))
+        self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32))
+        self.scale_shift = nn.Parameter(torch.zeros(scale_shape)) if estimator.learns_scale else None
+        self.zero_shift = nn.Parameter(torch.zeros(scale_shape)) if estimator.learns_zero_point else None
+        self.now = Phase(bits=spec.bits)
+        self.register_buffer("phase", torch.tensor([0, 1, 0, spec.bits], dtype=torch.int32))
+
+    @property
+    def current_spec(self) -> QuantSpec:
+        """The grid at the present bit width."""
+        return self.spec if self.now.bits == self.spec.bits else replace(self.spec, bits=self.now.bits)
+
+    def set_phase(self, phase: Phase) -> None:
+        """Change what forward does; recorded in the `phase` buffer."""
+        self.now = phase
+        state = [int(phase.observing), int(phase.quantizing), int(phase.frozen), phase.bits]
+        self.phase.copy_(torch.tensor(state, dtype=torch.int32))
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [..., K] on the grid, same shape; `dtype` defaults to what the next matmul runs in."""
+        if self.now.observing and self.observer is not None:
+            self.observer.observe(x)
+        dtype = dtype or estimators.compute_dtype(x)
+        if not self.now.quantizing:
+            return x.to(dtype)
+        scale, zero_point = self._qparams_for_gradient(x)
+        return estimators.fake_quantize(x, scale, zero_point, self.current_spec, self.estimator, dtype)
+
+    def _qparams_for_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.scale_mode == "dynamic" and not self.now.frozen:
+            return self.from_tensor(x)
+        scale = self.scale if self.scale_shift is None else self.scale * (1 + self.scale_shift)
+        zero_point = self.zero_point if self.zero_shift is None else self.zero_point + self.zero_shift
+        return scale, zero_point
+
+    def from_tensor(self, x: Tensor) -> QParams:
+        """The grid that x itself asks for (min-max)."""
+        spec = self.current_spec
+        return grid.choose_qparams(*grid.min_max(x, spec), spec)
+
+    @torch.no_grad()
+    def qparams(self, x: Tensor) -> QParams:
+        """Exactly the rounded scale and zero point that forward(x) uses."""
+        scale, zero_point = self._qparams_for_gradient(x)
+        spec = self.current_spec
+        return QParams(grid.round_scale(scale, spec), grid.round_zero_point(zero_point, spec))
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """int8 codes of x [..., K]: the integers that forward(x) stands for."""
+        return grid.quantize(x, self.qparams(x), self.current_spec)
+
+    @torch.no_grad()
+    def adopt_observed(self) -> None:
+        """Take the observer's range as the static scale (start of a learned one)."""
+        assert self.observer is not None
+        if int(self.observer.count) == 0:
+            fix = "Set fake_quant.calibration_batches >= 1."
+            raise UserError(problem("calibration", "an observer must see data", "none", fix), before_work=False)
+        self._store(self.observer.qparams(self.current_spec))
+
+    @torch.no_grad()
+    def freeze(self, x: Tensor | None) -> None:
+        """Fix scale and zero point from now on; x is the weight, None for inputs."""
+        if self.scale_mode == "dynamic":
+            if x is None or self.spec.granularity == "token":
+                return  # per-token scales belong to each input; there is nothing to hold still
+            self._store(self.from_tensor(x))
+        elif self.scale_shift is not None:
+            self._store(self.qparams(torch.empty(0)))
+        for shift in (self.scale_shift, self.zero_shift):
+            if shift is not None:
+                shift.requires_grad_(False)
+        self.set_phase(replace(self.now, frozen=True))
+
+    def _store(self, qparams: QParams) -> None:
+        self.scale.copy_(qparams.scale.view(self.scale.shape))
+        self.zero_point.copy_(qparams.zero_point.view(self.scale.shape))
+        for shift in (self.scale_shift, self.zero_shift):
+            if shift is not None:
+                shift.detach().zero_()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.phase.device.type != "meta":
+            observing, quantizing, frozen, bits = self.phase.tolist()
+            self.now = Phase(bool(observing), bool(quantizing), bool(frozen), bits)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.describe()}, {self.scale_mode}"

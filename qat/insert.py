@@ -1,0 +1,240 @@
+"""A plan on a model: swap float layers for training layers, and say of every parameter what happened to it.
+
+Works on meta tensors too, which is how `qat plan` checks a model of any size in seconds. All problems are collected
+and raised together, before anything is changed. Order of operations elsewhere: load -> insert -> (shard).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+from torch import Tensor, nn
+
+from qat.errors import UserError, problem
+from qat.estimators import ESTIMATORS
+from qat.fake_quant import FakeQuantize
+from qat.nn.quant import QuantConv1D, QuantEmbedding, QuantLinear, quantize_experts
+from qat.scheme import QuantPlan, QuantScheme, indivisible
+
+
+@dataclass(frozen=True)
+class FakeQuantOptions:
+    """How scales are found and which gradients flow; the same for every layer of a run."""
+
+    estimator: str = "ste_clipped"
+    weight_scale: str = "dynamic"
+    weight_observer: str = "minmax"
+    input_observer: str = "moving_average"
+
+
+@dataclass
+class Layer:
+    """One weight of the model: `shape` is [..., N, K] as the grid sees it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weights: int
+    scheme: str | None = None
+    reason: str = ""
+    bits: float = 32.0
+    bytes: int = 0
+    tied_to: str | None = None
+
+
+@dataclass
+class Coverage:
+    """What became of every parameter."""
+
+    layers: list[Layer] = field(default_factory=list)
+    schemes: dict[str, QuantScheme] = field(default_factory=dict)
+    kv: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """All parameters, a tied matrix once."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def quantized_weights(self) -> int:
+        """Parameters on a grid."""
+        return sum(layer.weights for layer in self.layers if layer.scheme)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters on a grid."""
+        return self.quantized_weights / max(1, self.weights)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole model as packed: codes, scales, zero points, and float32 for the rest."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything counted."""
+        return 8 * self.bytes / max(1, self.weights)
+
+    def to_dict(self) -> dict:
+        """The content of coverage.json."""
+        return {
+            "weights": self.weights,
+            "quantized_weights": self.quantized_weights,
+            "coverage": self.coverage,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes,
+            "float_bytes": 4 * self.weights,
+            "kv": self.kv,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+@dataclass
+class _Site:
+    """Where a weight sits: enough to swap it."""
+
+    layer: Layer
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
+    weight: Tensor
+    transposed: bool = False
+
+
+def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, min_coverage: float = 0.0) -> Coverage:
+    """Swap the planned layers of a Hugging Face causal LM in place.
+
+    Raises:
+        UserError: every rule without a match, every group size that does not divide, a tied matrix with two schemes,
+            or less than `min_coverage` of the parameters quantized, all in one.
+    """
+    sites, coverage = survey(model, plan)
+    problems = plan.check_rules([site.layer.name.removesuffix(".weight") for site in sites])
+    grids = {s.layer.name: coverage.schemes[s.layer.name] for s in sites if s.layer.scheme}
+    problems += indivisible({s.layer.name: (s.layer.shape[-1], grids[s.layer.name].weight) for s in sites if s.layer.scheme})
+    problems += [
+        problem(s.layer.name, "an embedding looks rows up and has no input to quantize", grids[s.layer.name].name, "Use a weight-only scheme such as w8a16.")
+        for s in sites
+        if s.layer.kind == "embedding" and s.layer.scheme and grids[s.layer.name].input
+    ]
+    if not problems and coverage.coverage < min_coverage:
+        floating = sorted((x for x in coverage.layers if not x.scheme), key=lambda x: -x.weights)[:5]
+        names = "; ".join(f"{x.name} ({x.reason})" for x in floating)
+        wanted = f"at least {min_coverage:.0%} of the weights must be quantized"
+        given = f"{coverage.coverage:.1%}, so {1 - coverage.coverage:.1%} of the weights would stay float"
+        problems.append(problem("plan.min_coverage", wanted, given, f"Largest: {names}. Add plan rules, or lower it."))
+    if problems:
+        raise UserError(*problems)
+    owners: dict[int, FakeQuantize] = {}
+    for site in sites:
+        if site.layer.scheme:
+            _swap(site, grids[site.layer.name], options, owners)
+    return coverage
+
+
+def survey(model: nn.Module, plan: QuantPlan) -> tuple[list[_Site], Coverage]:
+    """Every weight that could be quantized with the plan's decision, and the coverage of all parameters."""
+    tables = {id(m) for m in (_call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")) if m}
+    coverage, sites, first_name = Coverage(), [], {}
+    for module_name, module in model.named_modules():
+        handled = set()
+        for site in _sites(model, module_name, module):
+            handled.add(site.layer.name.removeprefix(f"{module_name}."))
+            owner = first_name.setdefault(id(site.weight), site.layer.name)
+            _decide(site, plan, id(module) in tables, owner, coverage)
+            sites.append(site)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in handled or id(parameter) in first_name:
+                continue
+            first_name[id(parameter)] = f"{module_name}.{name}"
+            reason = f"{type(module).__name__} is not a layer type with a grid"
+            if parameter.dim() < 2:
+                reason = "vector"
+            size = parameter.numel()
+            kept = Layer(f"{module_name}.{name}", type(module).__name__, tuple(parameter.shape), size, reason=reason)
+            kept.bytes = 4 * size
+            coverage.layers.append(kept)
+    return sites, coverage
+
+
+def _call(model: nn.Module, method: str) -> nn.Module | None:
+    return getattr(model, method)() if hasattr(model, method) else None
+
+
+def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[_Site]:
+    """The quantizable weights that `module` itself owns."""
+    parent = model.get_submodule(module_name.rpartition(".")[0])
+    attribute = module_name.rpartition(".")[2]
+    kind = {nn.Linear: "linear", nn.Embedding: "embedding"}.get(type(module))
+    if kind is None and type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        kind = "conv1d"
+    if kind:
+        weight = module.weight
+        shape = tuple(weight.shape) if kind != "conv1d" else tuple(weight.shape[::-1])
+        layer = Layer(f"{module_name}.weight", kind, shape, weight.numel())
+        yield _Site(layer, parent, attribute, module, weight, kind == "conv1d")
+        return
+    transposed = bool(getattr(module, "is_transposed", False))
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3:
+            e, n, k = parameter.shape
+            shape = (e, k, n) if transposed else (e, n, k)
+            layer = Layer(f"{module_name}.{name}", "experts", shape, parameter.numel())
+            yield _Site(layer, module, name, module, parameter, transposed)
+
+
+def _decide(site: _Site, plan: QuantPlan, is_table: bool, owner: str, coverage: Coverage) -> None:
+    """Write scheme, reason and bytes into the site's layer; record it in the coverage."""
+    layer = site.layer
+    module_name = layer.name.removesuffix(".weight")
+    scheme, reason = plan.scheme_for(module_name, is_table)
+    if layer.kind == "embedding" and not is_table and reason == "scheme":
+        scheme, reason = None, "a position or type table, not a token table"
+    elif scheme is None:
+        reason = f"kept by {reason}"
+    if scheme is not None and scheme.input is not None and layer.kind == "experts":
+        scheme, reason = replace(scheme, input=None), f"{reason}; inputs of fused experts stay float"
+    if owner != layer.name:
+        layer.tied_to, layer.weights = owner, 0
+        owner_scheme = coverage.schemes.get(owner)
+        if (scheme.name if scheme else None) != (owner_scheme.name if owner_scheme else None):
+            fix = "Give both names the same scheme, or set plan.embedding alone."
+            given = f"{scheme.name if scheme else 'keep'} and {owner_scheme.name if owner_scheme else 'keep'}"
+            raise UserError(problem(f"{layer.name} = {owner}", "a tied matrix has one scheme", given, fix))
+    if scheme is not None:
+        layer.scheme, layer.reason, layer.bits = scheme.name, reason, float(scheme.weight.bits)
+        coverage.schemes[layer.name] = scheme
+        if not layer.tied_to and not indivisible({layer.name: (layer.shape[-1], scheme.weight)}):
+            layer.bytes = scheme.weight.packed_bytes(layer.shape)
+    else:
+        layer.reason, layer.bytes = reason, 4 * layer.weights
+    coverage.layers.append(layer)
+
+
+def _swap(site: _Site, scheme: QuantScheme, options: FakeQuantOptions, owners: dict[int, FakeQuantize]) -> None:
+    """Replace one float layer; a tied weight shares one FakeQuantize."""
+    weight_fq = owners.get(id(site.weight))
+    if weight_fq is None:
+        shape = scheme.weight.scale_shape(site.layer.shape)
+        estimator = ESTIMATORS[options.estimator]
+        weight_fq = FakeQuantize(scheme.weight, shape, estimator, options.weight_scale, options.weight_observer)
+        weight_fq.to(site.weight.device)
+        owners[id(site.weight)] = weight_fq
+    if site.layer.kind == "experts":
+        quantize_experts(site.module, site.attribute, weight_fq, site.transposed)
+        return
+    if site.layer.kind == "embedding":
+        assert isinstance(site.module, nn.Embedding)
+        setattr(site.parent, site.attribute, QuantEmbedding(site.module, weight_fq))
+        return
+    input_fq = None
+    if scheme.input is not None:
+        mode = "dynamic" if scheme.input.dynamic else "static"
+        input_fq = FakeQuantize(scheme.input, (1,), ESTIMATORS["ste_clipped"], mode, options.input_observer)
+        input_fq.to(site.weight.device)
+    if site.layer.kind == "linear":
+        assert isinstance(site.module, nn.Linear)
+        setattr(site.parent, site.attribute, QuantLinear(site.module, weight_fq, input_fq))
+    else:
+        setattr(site.parent, site.attribute, QuantConv1D(site.module, weight_fq, input_fq))

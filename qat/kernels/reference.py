@@ -1,0 +1,67 @@
+"""Every serving op in plain torch: the truth that each optimized kernel is tested against.
+
+    wna16_matmul      float inputs, n-bit weights:   y = x (scale (codes - zero_point))^T
+    wna8_matmul       int8 inputs, n-bit weights:    y = sum over groups of s_x s_w sum (c_x - z_x)(c_w - z_w)
+    packed_embedding  rows of a packed table
+
+The integer sums are exact: |c_x c_w| < 2^15, summed over at most 256 values in float32, then over pieces in float32.
+Letters: M input rows (tokens), K in_features, N out_features, G groups, S group size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat import grid
+from qat.grid import QParams
+from qat.packing import PackedTensor
+from qat.scheme import QuantSpec
+
+EXACT_TERMS = 256  # 256 products below 2^15.01 (zero points included: 255 * 255) stay under float32's 2^24
+
+
+def wna16_matmul(x: Tensor, weight: PackedTensor) -> Tensor:
+    """x [..., K] times the packed weight [N, K], in x's dtype (autocast decides as for any matmul): [..., N]."""
+    return F.linear(x, weight.dequantize(x.dtype))
+
+
+def quantize_input(x: Tensor, spec: QuantSpec, static: QParams | None) -> tuple[Tensor, QParams]:
+    """int8 codes of x [..., K] and their grid: the stored one, or one per token."""
+    qparams = static if static is not None else grid.choose_qparams(*grid.min_max(x, spec), spec)
+    return grid.quantize(x, qparams, spec), qparams
+
+
+def wna8_matmul(x: Tensor, weight: PackedTensor, input_spec: QuantSpec, static: QParams | None) -> Tensor:
+    """Integer matmul of quantized x [..., K] with the packed weight [N, K]: [..., N] in x's dtype.
+
+    Args:
+        static: stored input grid ([1] each), or None for one scale per token.
+    """
+    codes, qparams = quantize_input(x.reshape(-1, x.shape[-1]), input_spec, static)
+    x_MK = codes.float() - qparams.zero_point.view(-1, 1)
+    w_NK = weight.codes().float()
+    if weight.zero_point is not None:
+        w_NK = (grid.group_view(w_NK, weight.spec) - weight.zero_point.float().unsqueeze(-1)).flatten(-2)
+    groups = weight.scale.shape[-1]
+    size = w_NK.shape[-1] // groups
+    y_MN = torch.zeros(x_MK.shape[0], w_NK.shape[0])
+    for g in range(groups):
+        total = torch.zeros_like(y_MN)
+        for start in range(g * size, (g + 1) * size, EXACT_TERMS):
+            stop = min(start + EXACT_TERMS, (g + 1) * size)
+            total += x_MK[:, start:stop] @ w_NK[:, start:stop].t()
+        y_MN += total * weight.scale[..., g].reshape(1, -1)
+    return (y_MN * qparams.scale.view(-1, 1)).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def packed_embedding(ids: Tensor, table: PackedTensor) -> Tensor:
+    """Rows `ids` [...] of the packed table [vocabulary, K]: [..., K] float32. Only those rows are unpacked."""
+    flat = ids.reshape(-1)
+    scale, zero_point = table.scale, table.zero_point
+    if table.spec.granularity != "tensor":
+        scale = scale[flat]
+        zero_point = None if zero_point is None else zero_point[flat]
+    picked = PackedTensor(table.packed[flat], scale, zero_point, table.spec, (flat.numel(), table.shape[-1]))
+    return picked.dequantize(torch.float32).view(*ids.shape, -1)

@@ -1,0 +1,77 @@
+"""metrics.jsonl: one JSON object a line, appended as the run goes; and wandb beside it when asked for.
+
+Lines have an `event` (train, validation, layers, phase) and a `step`. A wandb failure after its start is a warning:
+a logger never ends a run. Rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from qat.errors import UserError, problem
+from qat.progress import is_main, say
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: such numbers become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return value
+
+
+class Metrics:
+    """Append-only writer of metrics.jsonl, mirrored to wandb.
+
+    Args:
+        folder: the run folder.
+        wandb_mode: off, offline or online; wandb is imported only when it is not off.
+    """
+
+    def __init__(self, folder: Path, wandb_mode: str = "off", project: str = "qat", config: dict | None = None):
+        self.path = folder / "metrics.jsonl"
+        self._wandb: Any = None
+        if wandb_mode != "off" and is_main():
+            self._wandb = _start_wandb(folder, wandb_mode, project, config or {})
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append one line; flushed, so that a killed run keeps it."""
+        if not is_main():
+            return
+        line = json.dumps(finite({"event": event, "step": step, **values}))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if self._wandb is None:
+            return
+        try:
+            numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+            self._wandb.log({**numbers, "step": step})
+        except Exception as error:
+            say(f"warning: wandb stopped logging ({error}); metrics.jsonl goes on")
+            self._wandb = None
+
+    def close(self) -> None:
+        """End the wandb run, if any."""
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+
+def _start_wandb(folder: Path, mode: str, project: str, config: dict) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        fix = "pip install wandb, or use logger=jsonl."
+        raise UserError(problem("logger.wandb", "needs the wandb package", "not installed", fix)) from None
+    try:
+        return wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
+    except Exception as error:
+        fix = "Set logger=wandb_offline or logger=jsonl, or log in with `wandb login`."
+        raise UserError(problem("logger.wandb", f"{mode} logging must start", str(error), fix)) from None

@@ -1,0 +1,1 @@
+"""Layers: `quant_*` train, `packed_*` serve."""

@@ -1,0 +1,45 @@
+"""Before the first step: show the weights, and some training windows, to the observers.
+
+Weights are looked at directly. Static inputs need forward passes; those run with float weights and inputs, and the
+same windows on every process, so that all processes of a job hold the same scales.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qat.fake_quant import Phase
+from qat.nn.quant import input_fake_quants, quantized_weights
+from qat.progress import track
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, windows: Tensor, batch_size: int, base: nn.Module) -> None:
+    """Give every static or learned FakeQuantize its first scale.
+
+    Args:
+        windows: [n, block] token ids shown to the observers of static inputs.
+        base: the part of the model to run (without the output head, unless the head's input is quantized).
+    """
+    for _, weight, fake_quant in quantized_weights(model):
+        if fake_quant.observer is not None:
+            fake_quant.observer.observe(weight)
+            fake_quant.adopt_observed()
+    watched = [fq for _, fq in input_fake_quants(model) if fq.observer is not None]
+    if not watched:
+        return
+    quants = [fq for _, _, fq in quantized_weights(model)] + watched
+    before = [fq.now for fq in quants]
+    for fake_quant in quants:
+        observing = any(fake_quant is w for w in watched)
+        fake_quant.set_phase(Phase(observing, False, False, fake_quant.now.bits))
+    was_training = model.training
+    model.eval()
+    for batch in track(windows.split(batch_size), "calibrate"):
+        base(batch)
+    model.train(was_training)
+    for fake_quant, phase in zip(quants, before, strict=True):
+        fake_quant.set_phase(phase)
+    for fake_quant in watched:
+        fake_quant.adopt_observed()

@@ -1,0 +1,135 @@
+"""What is seen of a run while it trains: progress, metrics.jsonl lines, layer health, validation, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from qat.metrics import Metrics
+from qat.nn.quant import quantized_weights, weight_health
+from qat.train.module import CausalLMModule
+
+
+class MetricsCallback(L.Callback):
+    """Writes train, phase and layers lines, and moves the progress bar."""
+
+    def __init__(self, metrics: Metrics, advance: Callable[[str], None], log_every: int, layer_stats_every: int):
+        self.metrics, self.advance = metrics, advance
+        self.log_every, self.layer_stats_every = log_every, layer_stats_every
+        self.step_seconds: list[float] = []
+        self._parts: list[dict[str, Tensor]] = []
+        self._tokens, self._started, self._phase = 0, time.perf_counter(), ""
+        self._health: dict[str, dict[str, Any]] = {}
+        self._first_scale: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._parts.append({key: outputs[key].detach() for key in ("loss", "ce", "kl")})
+        self._tokens += batch.numel() * trainer.world_size
+        if len(self._parts) < trainer.accumulate_grad_batches:
+            return
+        now, step = time.perf_counter(), trainer.global_step
+        seconds = now - self._started
+        self.step_seconds.append(seconds)
+        self._write_train_line(pl_module, step, seconds)
+        if self.layer_stats_every and (step % self.layer_stats_every == 0 or step == 1) and pl_module.schedule:
+            self.metrics.write("layers", step, layers=self._layer_lines(pl_module))
+        self._parts, self._tokens, self._started = [], 0, time.perf_counter()
+
+    def _write_train_line(self, module: CausalLMModule, step: int, seconds: float) -> None:
+        phase = module.phase.name if module.phase else "float"
+        if phase != self._phase:
+            self.metrics.write("phase", step, phase=phase)
+            self._phase = phase
+        # Lightning divides the loss it returns by the accumulation count; our parts are per batch
+        mean = {key: float(torch.stack([p[key].float() for p in self._parts]).mean()) for key in ("ce", "kl")}
+        weights = module.loss_weights
+        loss = weights.ce * mean["ce"] + weights.kl * mean["kl"]
+        rate = self._tokens / seconds
+        self.advance(f"loss {loss:.4f}  {rate:.0f} tok/s  {phase}")
+        if step % self.log_every == 0:
+            lr = module.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+            norm = float(module.grad_norm)
+            self.metrics.write(
+                "train",
+                step,
+                phase=phase,
+                loss=loss,
+                kl=mean["kl"] if weights.kl else None,
+                ce=mean["ce"] if weights.ce else None,
+                lr=lr,
+                grad_norm=norm,
+                tokens_per_second=rate,
+                memory_gib=peak_memory_gib(),
+            )
+
+    def _layer_lines(self, module: CausalLMModule) -> dict[str, dict[str, float | None]]:
+        lines = {}
+        for name, weight, fake_quant in quantized_weights(module.student):
+            health = weight_health(weight, fake_quant)
+            before = self._health.get(name)
+            first = self._first_scale.setdefault(name, health["scale"])
+            same_width = before is not None and before["codes"].shape == health["codes"].shape
+            flips = float((before["codes"] != health["codes"]).float().mean()) if before and same_width else None
+            drift = float((health["scale"] / first - 1).abs().mean())
+            lines[name] = {
+                "sqnr_db": health["sqnr_db"],
+                "clip_share": health["clip_share"],
+                "flip_rate": flips,
+                "scale_drift": drift,
+            }
+            self._health[name] = health
+        return lines
+
+
+class ValidationCallback(L.Callback):
+    """Held-out perplexity every `every` steps, with the model as it is in that phase."""
+
+    def __init__(self, metrics: Metrics, score: Callable[[torch.nn.Module], float], every: int):
+        self.metrics, self.score, self.every = metrics, score, every
+        self._done = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self._done or step % self.every:
+            return
+        self._done = step
+        pl_module.student.eval()
+        self.metrics.write("validation", step, perplexity=self.score(pl_module.student))
+        pl_module.student.train()
+
+
+class CheckpointCallback(L.Callback):
+    """Lightning checkpoints under checkpoints/, written beside and renamed, so that a killed save leaves the last one."""
+
+    def __init__(self, folder: Path, every: int):
+        self.folder, self.every = folder, every
+        self._done = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self._done or step % self.every:
+            return
+        self._done = step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / ".last.ckpt.tmp"
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(self.folder / "last.ckpt")
+
+
+def peak_memory_gib() -> float:
+    """Peak resident memory of this process, or of the GPU when there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,131 @@
+"""The loop: a Lightning Trainer with our callbacks around `CausalLMModule`. The only entry from outside this room."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from qat.metrics import Metrics
+from qat.progress import bar
+from qat.train.callbacks import CheckpointCallback, MetricsCallback, ValidationCallback
+from qat.train.data import train_loader
+from qat.train.losses import LossWeights
+from qat.train.module import CausalLMModule, OptimOptions
+from qat.train.phases import PhaseEntry
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Where and how long to train; see TrainerConfig for the meaning of each."""
+
+    accelerator: str = "cpu"
+    strategy: str = "single"
+    devices: int = 1
+    nodes: int = 1
+    precision: str = "bf16"
+    max_steps: int = 100
+    batch_size: int = 2
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    log_every: int = 1
+    layer_stats_every: int = 20
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What the run measured: optimizer steps, tokens seen by all processes, seconds of each step."""
+
+    steps: int
+    tokens: int
+    step_seconds: list[float]
+
+
+def fit(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    windows: Tensor,
+    loss: LossWeights,
+    optim: OptimOptions,
+    schedule: Sequence[PhaseEntry],
+    options: FitOptions,
+    metrics: Metrics,
+    score: Callable[[nn.Module], float] | None = None,
+    checkpoints: Path | None = None,
+    title: str = "train",
+) -> FitResult:
+    """Train `student` in place on windows [n, block] for `options.max_steps` optimizer steps.
+
+    Args:
+        teacher: float model for the KL term, or None.
+        schedule: phases; empty trains a float model.
+        score: held-out perplexity, for `eval_every`.
+    """
+    _quiet_lightning()
+    module = CausalLMModule(student, teacher, loss, optim, schedule)
+    student.train()
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    with bar(title, options.max_steps) as advance:
+        watcher = MetricsCallback(metrics, advance, options.log_every, options.layer_stats_every)
+        callbacks: list[L.Callback] = [watcher]
+        if options.eval_every and score is not None:
+            callbacks.append(ValidationCallback(metrics, score, options.eval_every))
+        if options.checkpoint_every and checkpoints is not None:
+            callbacks.append(CheckpointCallback(checkpoints, options.checkpoint_every))
+        trainer = _trainer(options, callbacks)
+        loader = train_loader(windows, options.batch_size, options.seed, trainer.global_rank, trainer.world_size)
+        trainer.fit(module, loader)
+    student.eval()
+    tokens = trainer.global_step * options.accumulate * loader.batch_size * windows.shape[1] * trainer.world_size  # type: ignore[operator]
+    return FitResult(trainer.global_step, tokens, watcher.step_seconds)
+
+
+def as_teacher(model: nn.Module, precision: str) -> nn.Module:
+    """A frozen copy of the float model; under bf16 its matmul weights are stored as bf16 (what autocast would use)."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    if precision == "bf16":
+        table = teacher.get_input_embeddings().weight  # type: ignore[operator]
+        for module in teacher.modules():
+            if isinstance(module, nn.Linear) and module.weight is not table:
+                module.weight.data = module.weight.data.bfloat16()
+    return teacher
+
+
+def _trainer(options: FitOptions, callbacks: list[L.Callback]) -> L.Trainer:
+    strategy: Any = {"single": "auto", "ddp": "ddp"}[options.strategy]
+    return L.Trainer(
+        accelerator=options.accelerator,
+        strategy=strategy,
+        devices=options.devices,
+        num_nodes=options.nodes,
+        precision="bf16-mixed" if options.precision == "bf16" else "32-true",
+        max_steps=options.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=options.accumulate,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _quiet_lightning() -> None:
+    """Lightning's banners and tips say nothing about a run; its warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,132 @@
+"""The Lightning module: one training step, two parameter groups, a cosine.
+
+The same module trains the quantized model and the float control; the control has no fake quantizers and no phases.
+Losses are in `losses.py`, phases in `phases.py`, the loop around it in `fit.py`.
+
+Letters: B windows, T tokens per window, M = B (T - 1) scored tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError, problem
+from qat.models import hidden_and_head
+from qat.nn.quant import QuantLinear
+from qat.train.losses import LossWeights, Teacher, distillation_loss
+from qat.train.phases import PhaseEntry, PhaseState, apply_phase, state_at
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Learning rates (peak), decay, Adam's betas, and the shape of the schedule over `steps` optimizer steps."""
+
+    lr: float
+    scale_lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    warmup_fraction: float
+    final_lr_fraction: float
+    grad_clip: float
+    steps: int
+
+
+class CausalLMModule(L.LightningModule):
+    """Trains a Hugging Face causal LM with cross entropy and distillation from its own float weights.
+
+    Args:
+        student: the model, with Quant* layers, or float for the control.
+        teacher: the float model in eval mode, or None when the loss has no KL term.
+        schedule: phases; empty for the control.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        loss: LossWeights,
+        optim: OptimOptions,
+        schedule: Sequence[PhaseEntry] = (),
+    ):
+        super().__init__()
+        self.student = student
+        # outside the module tree: neither trained, nor saved, nor wrapped by a distributed strategy
+        self._teacher = [teacher] if teacher is not None else []
+        self.loss_weights, self.optim_options, self.schedule = loss, optim, tuple(schedule)
+        self.phase: PhaseState | None = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if not self.schedule:
+            return
+        state = state_at(self.global_step, self.schedule)
+        if state != self.phase:
+            apply_phase(self.student, state)
+            self.phase = state
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        ids = batch
+        loss, ce, kl = self.losses(ids)
+        if not torch.isfinite(loss):
+            fix = "Lower optim.lr, or delay fake quantization with phases=delayed; checkpoints so far are kept."
+            where = f"step {self.global_step}"
+            raise UserError(problem(where, "the loss must be finite", float(loss), fix), before_work=False)
+        return {"loss": loss, "ce": ce, "kl": kl}
+
+    def losses(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, CE and KL of windows [B, T]; the first token of a window is not scored."""
+        base, head = hidden_and_head(self.student)
+        labels = ids[:, 1:].reshape(-1)
+        hidden = base(ids).last_hidden_state[:, :-1].flatten(0, 1)
+        if isinstance(head, QuantLinear) and head.input_fake_quant is not None:
+            hidden = head.input_fake_quant(hidden)
+        weight = head.fake_weight() if isinstance(head, QuantLinear) else head.weight
+        teacher = self._teacher_says(ids) if self.loss_weights.kl > 0 else None
+        return distillation_loss(hidden, weight, head.bias, labels, teacher, self.loss_weights)
+
+    @torch.no_grad()
+    def _teacher_says(self, ids: Tensor) -> Teacher:
+        teacher = self._teacher[0].to(ids.device)
+        base, head = hidden_and_head(teacher)
+        hidden = base(ids).last_hidden_state[:, :-1].flatten(0, 1)
+        return Teacher(hidden, head.weight, head.bias)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over weights, vectors (no decay) and learned scales (own rate, no decay); warm-up, then a cosine."""
+        options = self.optim_options
+        matrices, vectors, scales = [], [], []
+        for name, parameter in self.student.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            is_scale = name.endswith(("scale_shift", "zero_shift"))
+            (scales if is_scale else matrices if parameter.dim() >= 2 else vectors).append(parameter)
+        groups = [
+            {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
+            {"params": vectors, "lr": options.lr, "weight_decay": 0.0},
+            {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=1e-8, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        options = self.optim_options
+        warmup = round(options.warmup_fraction * options.steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, options.steps - warmup))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return options.final_lr_fraction + (1 - options.final_lr_fraction) * cosine
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Clip the global norm, and keep it for the log."""
+        limit = self.optim_options.grad_clip or math.inf
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)

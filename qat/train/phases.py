@@ -1,0 +1,87 @@
+"""Phases as data: what the fake quantizers do from which optimizer step on.
+
+The state at a step is the fold of all entries with `at <= step`, a pure function, so a resumed run is in the right
+phase whatever step it stopped at. Actions:
+    observe          watch, do not quantize
+    fake_quantize    quantize (and stop watching)
+    freeze_scales    hold every scale and zero point from here on
+    bits N           weights whose scheme is narrower than N train at N bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from qat.fake_quant import Phase
+from qat.nn.quant import input_fake_quants, quantized_weights
+
+ACTIONS = ("observe", "fake_quantize", "freeze_scales", "bits")
+
+
+@dataclass(frozen=True)
+class PhaseEntry:
+    """One line of the schedule."""
+
+    at: int
+    do: str
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class PhaseState:
+    """The folded state: what every FakeQuantize should be doing."""
+
+    observing: bool = False
+    quantizing: bool = False
+    frozen: bool = False
+    bits: int = 0
+
+    @property
+    def name(self) -> str:
+        """For the log: `observe`, `fake_quantize`, `frozen`, with the width while it is above the scheme's."""
+        verb = "frozen" if self.frozen else "fake_quantize" if self.quantizing else "observe"
+        return f"{verb}@{self.bits}" if self.bits else verb
+
+
+def state_at(step: int, schedule: Sequence[PhaseEntry]) -> PhaseState:
+    """The fold of all entries up to and including `step`."""
+    state = PhaseState(observing=True)
+    for entry in schedule:
+        if entry.at > step:
+            continue
+        if entry.do == "observe":
+            state = replace(state, observing=True, quantizing=False)
+        elif entry.do == "fake_quantize":
+            state = replace(state, observing=False, quantizing=True)
+        elif entry.do == "freeze_scales":
+            state = replace(state, observing=False, frozen=True)
+        else:
+            state = replace(state, bits=entry.bits or 0)
+    return state
+
+
+@torch.no_grad()
+def apply_phase(model: nn.Module, state: PhaseState) -> None:
+    """Bring every FakeQuantize of a training model into `state`; a changed width takes its range afresh."""
+    for _, weight, fake_quant in quantized_weights(model):
+        bits = max(state.bits, fake_quant.spec.bits)
+        changed = bits != fake_quant.now.bits
+        frozen = fake_quant.now.frozen
+        fake_quant.set_phase(Phase(state.observing, state.quantizing, frozen, bits))
+        if changed and fake_quant.observer is not None:
+            fake_quant.observer.count.zero_()
+            fake_quant.observer.observe(weight)
+            fake_quant.adopt_observed()
+        if state.frozen and not frozen:
+            fake_quant.freeze(weight)
+    for _, fake_quant in input_fake_quants(model):
+        frozen = fake_quant.now.frozen
+        if state.quantizing and fake_quant.now.observing and fake_quant.observer is not None and not frozen:
+            fake_quant.adopt_observed()
+        fake_quant.set_phase(Phase(state.observing, state.quantizing, frozen, fake_quant.spec.bits))
+        if state.frozen and not frozen:
+            fake_quant.freeze(None)

@@ -112,12 +112,8 @@ def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, min_cov
     sites, coverage = survey(model, plan)
     problems = plan.check_rules([site.layer.name.removesuffix(".weight") for site in sites])
     grids = {s.layer.name: coverage.schemes[s.layer.name] for s in sites if s.layer.scheme}
-    problems += indivisible({s.layer.name: (s.layer.shape[-1], grids[s.layer.name].weight) for s in sites if s.layer.scheme})
-    problems += [
-        problem(s.layer.name, "an embedding looks rows up and has no input to quantize", grids[s.layer.name].name, "Use a weight-only scheme such as w8a16.")
-        for s in sites
-        if s.layer.kind == "embedding" and s.layer.scheme and grids[s.layer.name].input
-    ]
+    shapes = {site.layer.name: site.layer.shape for site in sites}
+    problems += indivisible({name: (shapes[name][-1], scheme.weight) for name, scheme in grids.items()})
     if not problems and coverage.coverage < min_coverage:
         floating = sorted((x for x in coverage.layers if not x.scheme), key=lambda x: -x.weights)[:5]
         names = "; ".join(f"{x.name} ({x.reason})" for x in floating)
@@ -193,15 +189,17 @@ def _decide(site: _Site, plan: QuantPlan, is_table: bool, owner: str, coverage: 
         scheme, reason = None, "a position or type table, not a token table"
     elif scheme is None:
         reason = f"kept by {reason}"
-    if scheme is not None and scheme.input is not None and layer.kind == "experts":
-        scheme, reason = replace(scheme, input=None), f"{reason}; inputs of fused experts stay float"
+    if scheme is not None and scheme.input is not None and layer.kind in ("experts", "embedding"):
+        why = "inputs of fused experts stay float" if layer.kind == "experts" else "a table has no input to quantize"
+        scheme, reason = replace(scheme, input=None), f"{reason}; {why}"
     if owner != layer.name:
         layer.tied_to, layer.weights = owner, 0
         owner_scheme = coverage.schemes.get(owner)
-        if (scheme.name if scheme else None) != (owner_scheme.name if owner_scheme else None):
+        if (scheme.weight if scheme else None) != (owner_scheme.weight if owner_scheme else None):
             fix = "Give both names the same scheme, or set plan.embedding alone."
             given = f"{scheme.name if scheme else 'keep'} and {owner_scheme.name if owner_scheme else 'keep'}"
             raise UserError(problem(f"{layer.name} = {owner}", "a tied matrix has one scheme", given, fix))
+        scheme = owner_scheme
     if scheme is not None:
         layer.scheme, layer.reason, layer.bits = scheme.name, reason, float(scheme.weight.bits)
         coverage.schemes[layer.name] = scheme

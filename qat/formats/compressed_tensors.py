@@ -11,11 +11,14 @@
 Rows of words are the canonical bytes of `packing.py`, filled up to whole words. The aliases of a tied matrix get copies
 of its scale and zero point, which stock transformers needs to load it. Fused experts E [e, N, K] are stored as one
 matrix of e N rows: `E_packed`, `E_scale`, `E_shape` [3], `E_zero_point`. Such weights, and Conv1D ones, have no place
-in compressed-tensors, and a stock load would fill them with random values after one log line; config.json of these
-models says `model_type: qat-...`, which the stock loader refuses.
+in compressed-tensors, and a stock load would fill them with random values after one log line. Their config.json says
+`model_type: qat-...`, which stock loaders do not know, and their files are called `qat*.safetensors`, because a model
+class called by its name (GPT2LMHeadModel) only warns about a foreign model_type.
 
-`transformers` loads what is here exactly in its default mode; `dequantize=True` fails there for models with several
-config groups. Its 8-bit inputs divide by 127.5, ours (and vLLM's) by 127. See `quantization_config.py` for containers.
+`transformers` 5.23 with compressed-tensors 0.20 loads what is here exactly in its default mode, except pack-quantized
+zero points per channel or group: it allocates them unpacked, finds another shape in the file and raises, as it does for
+compressed-tensors' own files. `dequantize=True` fails there for models with several config groups. Its 8-bit inputs
+divide by 127.5, ours (and vLLM's) by 127. See `quantization_config.py` for the containers.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def write(model: PackedModel, folder: Path) -> None:
         if not spec.symmetric:
             tensors[f"{name}.input_zero_point"] = model.input_qparams[name].zero_point.to(torch.int8)
     assert set(tensors) == expected_names(model, list(model.floats))
-    write_tensors(tensors, folder)
+    write_tensors(tensors, folder, stem(model))
     ours: dict[str, Any] = {QUANTIZATION: quantization_config(model), KEY: facts(model)}
     ours["model_type"] = stored_model_type(model, model.config["model_type"])
     write_json(folder / CONFIG, model.config | ours)
@@ -82,7 +85,7 @@ def read(folder: Path) -> PackedModel:
         wanted = f"model_type must be {stored_model_type(model, original)}"
         raise UserError(problem(where, wanted, config.get("model_type"), FIX))
     model.config = config | {"model_type": original}
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, stem(model))
     check_names(str(folder), set(tensors), expected_names(model, floats))
     model.floats = {name: tensors[name] for name in floats}
     for name in model.schemes:
@@ -99,6 +102,11 @@ def read(folder: Path) -> PackedModel:
 def stored_model_type(model: PackedModel, original: str) -> str:
     """What config.json says: the original, unless a stock load would silently serve random weights."""
     return original if is_portable(model) else f"qat-{original}"
+
+
+def stem(model: PackedModel) -> str:
+    """What the tensor files are called, for the same reason."""
+    return "model" if is_portable(model) else "qat"
 
 
 def expected_names(model: PackedModel, floats: list[str]) -> set[str]:

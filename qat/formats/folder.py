@@ -3,6 +3,7 @@
     config.json                        model.safetensors                    up to 5 GB, or
     checksums.json {file: sha256}      model-00001-of-00002.safetensors ... + model.safetensors.index.json
 
+The stem `model` is what every engine looks for; a folder that only we can read has another one.
 Everything read is checked before it is used: names stay inside the folder, and a damaged file is named.
 """
 
@@ -19,8 +20,6 @@ from qat.errors import UserError, problem
 
 CONFIG = "config.json"
 CHECKSUMS = "checksums.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_SIZE = "5GB"
 EXPORT_AGAIN = "The file is damaged: export again or copy the folder again."
 
@@ -47,38 +46,41 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Save tensors that share no memory; several files and an index above 5 GB."""
+def write_tensors(tensors: dict[str, Tensor], folder: Path, stem: str) -> None:
+    """Save tensors that share no memory as <stem>.safetensors; several files and an index above 5 GB."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
+    pattern = stem + "{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
-        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder.
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Every tensor that `write_tensors` saved.
 
     Raises:
         UserError: a file is missing, truncated or not safetensors, or the index points outside the folder or names
             tensors that are not there; the text names the file.
     """
-    if not (folder / INDEX).exists():
-        return read_file(folder / SINGLE)
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.exists():
+        return read_file(folder / f"{stem}.safetensors")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(problem(str(folder / INDEX), "must hold a weight_map of names", weight_map, EXPORT_AGAIN))
+        raise UserError(problem(str(index), "must hold a weight_map of names", weight_map, EXPORT_AGAIN))
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
         held = read_file(inside(folder, file))
         wanted = {name for name, where in weight_map.items() if where == file}
         if set(held) != wanted:
             given = ", ".join(sorted(set(held) ^ wanted)[:5])
-            raise UserError(problem(str(folder / file), f"must hold what {INDEX} says", given, EXPORT_AGAIN))
+            raise UserError(problem(str(folder / file), f"must hold what {index.name} says", given, EXPORT_AGAIN))
         tensors.update(held)
     return tensors
 

@@ -76,7 +76,9 @@ def _install(
 def _load_floats(model: nn.Module, packed: PackedModel) -> None:
     """Put the float tensors in, and refuse if anything of the model has no value."""
     model.load_state_dict(packed.floats, strict=False, assign=True)
-    model.tie_weights()  # type: ignore[operator]
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if model.config.tie_word_embeddings and type(head) is nn.Linear and type(table) is nn.Embedding:  # type: ignore[union-attr]
+        head.weight = table.weight
     for module in model.modules():
         _rebuild_buffers(module, model.config)
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type == "meta"]

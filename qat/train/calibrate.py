@@ -15,12 +15,11 @@ from qat.progress import track
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, windows: Tensor, batch_size: int, base: nn.Module) -> None:
+def calibrate(model: nn.Module, windows: Tensor, batch_size: int) -> None:
     """Give every static or learned FakeQuantize its first scale.
 
     Args:
         windows: [n, block] token ids shown to the observers of static inputs.
-        base: the part of the model to run (without the output head, unless the head's input is quantized).
     """
     for _, weight, fake_quant in quantized_weights(model):
         if fake_quant.observer is not None:
@@ -37,7 +36,7 @@ def calibrate(model: nn.Module, windows: Tensor, batch_size: int, base: nn.Modul
     was_training = model.training
     model.eval()
     for batch in track(windows.split(batch_size), "calibrate"):
-        base(batch)
+        model(batch)
     model.train(was_training)
     for fake_quant, phase in zip(quants, before, strict=True):
         fake_quant.set_phase(phase)

@@ -1,0 +1,77 @@
+"""Overrides are Hydra's: group=option (scheme=w4a16_g32), recipe=NAME or recipe=FILE.yaml, key=value
+(trainer.max_steps=200). `qat ls groups` lists the groups; --cfg prints the whole configuration and stops.
+
+  qat train recipe=smollm2_quickstart
+  qat train model.path=FOLDER data=text data.path=FILE.txt scheme=w4a16_g64 name=mine
+  torchrun --nproc-per-node=2 -m qat.cli.main train recipe=... trainer=ddp
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from qat.errors import UserError, problem
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Overrides and --cfg."""
+    parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compose, check, train; the last lines are the table, the verdict, the folder and what to type next."""
+    from qat.cli.compose import compose_run, to_yaml
+    from qat.run_folder import check_free
+
+    config = compose_run(args.overrides)
+    resolved = to_yaml(config)
+    if args.cfg:
+        print(resolved)
+        return 0
+    world = config.trainer.devices * config.trainer.nodes
+    if world != int(os.environ.get("WORLD_SIZE", "1")):
+        fix = f"Start it with: torchrun --nproc-per-node={config.trainer.devices} -m qat.cli.main train ..."
+        started = os.environ.get("WORLD_SIZE", "1")
+        wanted = f"needs {world} processes"
+        raise UserError(problem("trainer.devices * trainer.nodes", wanted, started, fix))
+    if int(os.environ.get("RANK", "0")) == 0:
+        check_free(Path(config.runs_dir) / config.name, config.overwrite)
+
+    from qat import pipeline
+    from qat.progress import is_main
+
+    folder = pipeline.run(config, resolved)
+    if is_main():
+        show(folder, config.export.format)
+    return 0
+
+
+def show(run_folder: Path, export_format: str) -> None:
+    """The closing table of a run."""
+    import json
+
+    from rich.console import Console
+
+    from qat.report.table import parity_text, recovery_text, render_table, warnings
+
+    results, parity, status = (
+        json.loads((run_folder / name).read_text()) for name in ("results.json", "parity.json", "run_status.json")
+    )
+    console = Console()
+    for line in warnings(results, parity, status):
+        console.print(f"WARNING: {line}", style="bold red")
+    console.print(render_table(results, parity))
+    for item in results.get("answers", []):
+        console.print(f"> {item['prompt']}\n  {item['answer']}", markup=False, highlight=False)
+    lines = [
+        f"recovery:   {recovery_text(results)}",
+        f"parity:     {parity_text(parity)}",
+        f"run folder: {run_folder}",
+        f"report:     {run_folder / 'report.html'}",
+        f'next:       qat generate {run_folder / "export" / export_format} "Your question"',
+    ]
+    for line in lines:
+        print(line)

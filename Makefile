@@ -18,10 +18,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the step benchmark of docs/results/bench_step.json; torchao stands in an environment of its own
+# writes docs/results/bench_step.json; torchao, a peer, stays out of the environment
 bench: $(MATERIALS)
-	$(BIN)/pip install -q -c constraints.txt torchao
-	$(BIN)/python scripts/bench_step.py
+	$(BIN)/pip install -q --no-deps --upgrade --target build/peers torchao==0.18.0
+	PYTHONPATH=build/peers $(BIN)/python scripts/bench_step.py
 
 setup: $(INSTALLED)
 

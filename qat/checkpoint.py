@@ -44,7 +44,7 @@ def save_state(model: nn.Module, path: Path) -> None:
 
 
 def load_state(model: nn.Module, path: Path) -> None:
-    """Load a state into a model of the same structure; raises UserError naming what is missing, extra or of another shape."""
+    """Load a state into a model of the same structure; raises UserError naming what is missing, extra or misshapen."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

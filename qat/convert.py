@@ -17,7 +17,7 @@ from qat.formats.packed_model import PackedModel
 from qat.grid import QParams
 from qat.insert import Coverage
 from qat.nn.quant import input_fake_quants, quantized_weights
-from qat.packing import PackedTensor, pack
+from qat.packing import pack
 from qat.scheme import QuantSpec
 
 
@@ -96,7 +96,7 @@ def digests(packed: PackedModel) -> dict[str, dict[str, str]]:
 
 
 def compare(trained: PackedModel, served: PackedModel) -> list[dict]:
-    """One line per tensor: what differs between the training codes and the served ones. All of parity.json's tensors."""
+    """One line per tensor of parity.json: what differs between the training codes and the served ones."""
     lines = []
     for name, want in trained.tensors.items():
         line = {"name": name, "shape": list(want.shape), "bits": want.spec.bits, "codes": want.codes().numel()}

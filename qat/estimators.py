@@ -64,14 +64,14 @@ def fake_quantize(
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scale, zero_point, spec, estimator, dtype):  # noqa: ANN001 - torch's signature
+    def forward(ctx, x, scale, zero_point, spec, estimator, dtype):
         qparams = QParams(grid.round_scale(scale, spec), grid.round_zero_point(zero_point, spec))
         ctx.save_for_backward(x, *qparams)
         ctx.spec, ctx.estimator = spec, estimator
         return grid.fake_quantize(x, qparams, spec, dtype)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001
+    def backward(ctx, grad):
         x, scale, zero_point = ctx.saved_tensors
         spec, estimator = ctx.spec, ctx.estimator
         if not estimator.clipped:

@@ -62,7 +62,11 @@ def card(config: RunConfig, results: dict[str, Any], portable: bool) -> str:
         else "Stock transformers cannot load this folder (fused experts or Conv1D layers have no place in the format); "
         "use `qat generate`.\n"
     )
-    kv = f"Keys and values were trained on a grid of {results['kv']}; only qat serves them so.\n" if results["kv"] else ""
+    kv = (
+        f"Keys and values were trained on a grid of {results['kv']}; only qat serves them so.\n"
+        if results["kv"]
+        else ""
+    )
     return f"""---
 base_model: {base}
 base_model_relation: quantized

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qat import estimators, grid
 from qat.errors import UserError, problem
@@ -25,6 +26,11 @@ from qat.observers import OBSERVERS, Observer
 from qat.scheme import QuantSpec
 
 SCALE_MODES = ("dynamic", "static", "learned")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 may have sharded; every process of the job must ask. Same shape as the logical one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,8 @@ class FakeQuantize(nn.Module):
     def _qparams_for_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.scale_mode == "dynamic" and not self.now.frozen:
             return self.from_tensor(x)
-        scale = self.scale if self.scale_shift is None else self.scale * (1 + self.scale_shift)
-        zero_point = self.zero_point if self.zero_shift is None else self.zero_point + self.zero_shift
+        scale = self.scale if self.scale_shift is None else self.scale * (1 + whole(self.scale_shift))
+        zero_point = self.zero_point if self.zero_shift is None else self.zero_point + whole(self.zero_shift)
         return scale, zero_point
 
     def from_tensor(self, x: Tensor) -> QParams:

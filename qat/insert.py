@@ -132,7 +132,8 @@ def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, min_cov
 def survey(model: nn.Module, plan: QuantPlan) -> tuple[list[_Site], Coverage]:
     """Every weight that could be quantized with the plan's decision, and the coverage of all parameters."""
     tables = {id(m) for m in (_call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")) if m}
-    coverage, sites, first_name = Coverage(), [], {}
+    coverage, sites = Coverage(), []
+    first_name: dict[int, str] = {}
     for module_name, module in model.named_modules():
         handled = set()
         for site in _sites(model, module_name, module):
@@ -166,7 +167,7 @@ def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[_S
     if kind is None and type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         kind = "conv1d"
     if kind:
-        weight = module.weight
+        weight: Tensor = getattr(module, "weight")  # noqa: B009 - nn.Module has no such attribute for the type checker
         shape = tuple(weight.shape) if kind != "conv1d" else tuple(weight.shape[::-1])
         layer = Layer(f"{module_name}.weight", kind, shape, weight.numel())
         yield _Site(layer, parent, attribute, module, weight, kind == "conv1d")

@@ -255,7 +255,7 @@ def meta_from_dict(hf_config: dict[str, Any]) -> PreTrainedModel:
     return model.eval()
 
 
-def hidden_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+def hidden_and_head(model: Any) -> tuple[Any, Any]:
     """The part that ends in hidden states [B, T, K], and the output head: logits = head(base(ids).last_hidden_state).
 
     Raises:

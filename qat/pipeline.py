@@ -1,6 +1,7 @@
 """One run from config to report:
 
-    load -> coverage -> calibrate -> train -> control -> evaluate -> export -> verify (fresh process) -> generate -> report
+    load -> coverage -> calibrate -> train -> control -> evaluate -> export
+         -> verify (fresh process) -> generate -> report
 
 Everything lands in the run folder. What later commands rebuild a run from is in `rebuild`.
 """
@@ -9,15 +10,17 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qat import build, checkpoint
@@ -45,48 +48,52 @@ def run(config: RunConfig, resolved: str) -> Path:
     """
     started = time.perf_counter()
     threads = build.set_threads(config)
-    folder = RunFolder.create(config, resolved, threads)
-    try:
-        _steps(config, folder, started)
-    except BaseException as error:
-        folder.status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
-        raise
+    # a model or text that is refused leaves no folder behind, and an earlier run of that name untouched
+    student, tokenizer, windows, coverage, floating = _prepare(config)
+    with _claimed(RunFolder.create(config, resolved, threads)) as folder:
+        teacher = _calibrate(config, folder, student, windows, coverage, floating)
+        train = _train(config, folder, student, teacher, windows)
+        # with KL to the float model alone, the control is that model
+        has_control = config.evaluate.baselines and config.distill.ce_weight > 0
+        control = _train_control(config, folder, floating, teacher, windows) if has_control else None
+        if not is_main():
+            return folder.path
+        student = train.model
+        folder.status("evaluating", step=train.steps)
+        final = folder.path / "checkpoints/final/model.safetensors"
+        checkpoint.save_state(student, final)
+        scores = {"fake_quant": _score(config, student, windows, floating, "evaluate QAT")}
+        packed = pack_model(student, coverage, floating.config.to_dict(), build.checks.kv_spec(config.kv))
+        del student
+        if config.evaluate.baselines:
+            _baselines(config, floating, control, windows, scores)
+        results = _results(config, scores, windows, train, coverage, control is None)
+        del control
+        folder.status("exporting", step=train.steps)
+        export = folder.path / "export" / config.export.format
+        write_export(packed, digests(packed), tokenizer, export, config, results)
+        del packed, floating, teacher
+        folder.status("verifying", step=train.steps)
+        parity = _fresh_process("verify", str(folder.path))
+        answers = _answers(config, export)
+        _finish(config, folder, results, json.loads(parity), answers, started)
+        folder.status("finished", step=train.steps)
     return folder.path
 
 
-def _steps(config: RunConfig, folder: RunFolder, started: float) -> None:
+@contextmanager
+def _claimed(folder: RunFolder) -> Iterator[RunFolder]:
+    """Record in the folder how the run ended if it did not end well."""
     say(f"run folder: {folder.path}")
-    student, tokenizer, windows, coverage, floating, teacher = _prepare(config, folder)
-    train = _train(config, folder, student, teacher, windows)
-    if not is_main():
-        return
-    folder.status("evaluating", step=train.steps)
-    final = folder.path / "checkpoints/final/model.safetensors"
-    checkpoint.save_state(student, final)
-    scores = {"fake_quant": _score(config, student, windows, floating, "evaluate QAT")}
-    packed = pack_model(student, coverage, floating.config.to_dict(), build.checks.kv_spec(config.kv))
-    del student
-    control, control_is_float = _baselines(config, folder, floating, teacher, windows, scores)
-    del control
-    results = _results(config, folder, scores, windows, train, coverage, control_is_float)
-    folder.status("exporting", step=train.steps)
-    export = folder.path / "export" / config.export.format
-    write_export(packed, digests(packed), tokenizer, export, config, results)
-    del packed, floating, teacher
-    folder.status("verifying", step=train.steps)
-    parity = _fresh_process("verify", str(folder.path))
-    answers = _answers(config, export)
-    _finish(config, folder, results, json.loads(parity), answers, started)
-    folder.status("finished", step=train.steps)
+    try:
+        yield folder
+    except BaseException as error:
+        folder.status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
+        raise
 
 
-def _prepare(
-    config: RunConfig, folder: RunFolder
-) -> tuple[Any, Any, TextWindows, Coverage, nn.Module, nn.Module | None]:
-    """Load, insert, calibrate: (student, tokenizer, windows, coverage, float model, teacher)."""
-    from qat.train.calibrate import calibrate
-    from qat.train.fit import as_teacher
-
+def _prepare(config: RunConfig) -> tuple[Any, Any, TextWindows, Coverage, Any]:
+    """Load model and text and insert the training layers; whatever is wrong with them is refused here."""
     say(f"load: {config.model.path}")
     floating, tokenizer = build.float_model(config)
     windows = load_windows(config.data, tokenizer)
@@ -94,20 +101,34 @@ def _prepare(
         say(f"warning: {line}")
     student = copy.deepcopy(floating)
     coverage = build.quantize_layers(student, config)
-    write_json_atomic(folder.path / "coverage.json", coverage.to_dict())
     say(
         f"coverage: {coverage.coverage:.2%} of {coverage.weights / 1e6:.1f} M weights, "
         f"{coverage.bits_per_weight:.2f} bits per weight, {coverage.bytes / 1e6:.1f} MB packed"
     )
+    return student, tokenizer, windows, coverage, floating
+
+
+def _calibrate(
+    config: RunConfig, folder: RunFolder, student: Any, windows: TextWindows, coverage: Coverage, floating: Any
+) -> nn.Module | None:
+    """Record what was loaded, give every static grid its first scale, and return the teacher."""
+    from qat.train.calibrate import calibrate
+    from qat.train.fit import as_teacher
+
+    write_json_atomic(folder.path / "coverage.json", coverage.to_dict())
     calibration = windows.train[: config.fake_quant.calibration_batches * config.trainer.batch_size]
     calibrate(student, calibration, config.trainer.batch_size)
     teacher = as_teacher(floating, config.trainer.precision) if config.distill.kl_weight > 0 else None
-    folder.record(data={"path": config.data.path, "train_windows": len(windows.train), "eval_windows": len(windows.evaluation)})
+    folder.record(
+        data={"path": config.data.path, "train_windows": len(windows.train), "eval_windows": len(windows.evaluation)}
+    )
     folder.record(model={"path": config.model.path, "parameters": coverage.weights})
-    return student, tokenizer, windows, coverage, floating, teacher
+    return teacher
 
 
-def _train(config: RunConfig, folder: RunFolder, student: nn.Module, teacher: nn.Module | None, windows: TextWindows) -> Any:
+def _train(
+    config: RunConfig, folder: RunFolder, student: nn.Module, teacher: nn.Module | None, windows: TextWindows
+) -> Any:
     from qat.train.fit import fit
 
     folder.status("training", step=0)
@@ -115,43 +136,45 @@ def _train(config: RunConfig, folder: RunFolder, student: nn.Module, teacher: nn
     held_out = windows.evaluation[: max(1, 4096 // config.data.block_size)]
 
     def validate(model: nn.Module) -> float:
-        return score(model, held_out, config.evaluate.batch_size, config.evaluate.precision, title="validate").perplexity
+        return score(
+            model, held_out, config.evaluate.batch_size, config.evaluate.precision, title="validate"
+        ).perplexity
 
     checkpoints = folder.path / "checkpoints"
     options = build.training(config)
-    result = fit(student, teacher, windows.train, **options, metrics=metrics, score=validate, checkpoints=checkpoints, title="QAT")
+    result = fit(
+        student,
+        teacher,
+        windows.train,
+        **options,
+        metrics=metrics,
+        score=validate,
+        checkpoints=checkpoints,
+        title="QAT",
+    )
     metrics.close()
     return result
 
 
-def _score(
-    config: RunConfig, model: nn.Module, windows: TextWindows, reference: nn.Module | None, title: str
-) -> Score:
+def _score(config: RunConfig, model: nn.Module, windows: TextWindows, reference: nn.Module | None, title: str) -> Score:
     evaluate = config.evaluate
     return score(model, windows.evaluation, evaluate.batch_size, evaluate.precision, reference, title)
 
 
 def _baselines(
-    config: RunConfig,
-    folder: RunFolder,
-    floating: nn.Module,
-    teacher: nn.Module | None,
-    windows: TextWindows,
-    scores: dict[str, Score],
-) -> tuple[nn.Module | None, bool]:
-    """Score float, control, and round-to-nearest of both; with KL to the float model alone the control is that model."""
-    if not config.evaluate.baselines:
-        return None, True
-    scores["float"] = _score(config, floating, windows, None, "evaluate float")
+    config: RunConfig, floating: nn.Module, control: nn.Module | None, windows: TextWindows, scores: dict[str, Score]
+) -> None:
+    """Score the control, and round-to-nearest of it and of the float model, which `fake_quant` was compared with."""
+    theirs = scores["fake_quant"].reference_perplexity
+    assert theirs is not None
+    scores["float"] = Score(theirs, scores["fake_quant"].tokens)
     scores["rtn"] = _score(config, _rtn(config, floating, windows), windows, floating, "evaluate RTN")
-    if config.distill.ce_weight == 0:
+    if control is None:
         scores["control"], scores["rtn_of_control"] = scores["float"], scores["rtn"]
-        return floating, True
-    control = _train_control(config, folder, floating, teacher, windows)
+        return
     scores["control"] = _score(config, control, windows, floating, "evaluate control")
     rtn_of_control = _rtn(config, control, windows)
     scores["rtn_of_control"] = _score(config, rtn_of_control, windows, floating, "evaluate RTN of control")
-    return control, False
 
 
 def _rtn(config: RunConfig, model: nn.Module, windows: TextWindows) -> nn.Module:
@@ -174,13 +197,11 @@ def _train_control(
     options = build.training(config) | {"schedule": []}
     metrics = Metrics(folder.path / "control")
     control = copy.deepcopy(floating)
-    fit(control, teacher, windows.train, **options, metrics=metrics, title="control")
-    return control
+    return fit(control, teacher, windows.train, **options, metrics=metrics, title="control").model
 
 
 def _results(
     config: RunConfig,
-    folder: RunFolder,
     scores: dict[str, Score],
     windows: TextWindows,
     train: Any,
@@ -235,7 +256,9 @@ def _finish(
     if parity["verdict"] != "equal":
         wrong = [t["name"] for t in parity["tensors"] if t["mismatched_codes"] or not t["scales_equal"]]
         fix = "Do not ship this export; report the scheme."
-        raise UserError(problem("parity", "served codes must be trained codes", ", ".join(wrong[:10]), fix), before_work=False)
+        raise UserError(
+            problem("parity", "served codes must be trained codes", ", ".join(wrong[:10]), fix), before_work=False
+        )
 
 
 def _rows(results: dict) -> list[dict[str, Any]]:
@@ -264,7 +287,10 @@ def _answers(config: RunConfig, export: Path) -> list[dict]:
 def _fresh_process(*arguments: str) -> str:
     """Run a qat command in a new interpreter: what is read back owes nothing to this process. Returns its stdout."""
     command = [sys.executable, "-m", "qat.cli.main", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # a process of its own, not a rank of the job that trained
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode not in (0, 1) or not done.stdout.strip():
         fix = f"Run it by hand: qat {' '.join(arguments)}"
         wanted = "must succeed in a fresh process"
@@ -277,6 +303,4 @@ def rebuild(config: RunConfig, folder: Path) -> tuple[Any, Coverage]:
     model, _ = build.float_model(config)
     coverage = build.quantize_layers(model, config)
     checkpoint.load_state(model, folder / "checkpoints/final/model.safetensors")
-    model.eval()
-    torch.set_grad_enabled(False)
-    return model, coverage
+    return model.eval().requires_grad_(False), coverage

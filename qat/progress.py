@@ -26,14 +26,14 @@ def say(text: str) -> None:
 def bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
     """Yields `advance(note)`, to be called once per unit of work; `note` stands behind the bar or line."""
     if not is_main():
-        yield lambda note="": None
+        yield lambda note: None
         return
     if sys.stderr.isatty():
         yield from _terminal_bar(title, total)
         return
     done, every = 0, max(1, total // 10)
 
-    def advance(note: str = "") -> None:
+    def advance(note: str) -> None:
         nonlocal done
         done += 1
         if done % every == 0 or done == total:
@@ -55,7 +55,7 @@ def _terminal_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=total, note="")
-        yield lambda note="": progress.update(task, advance=1, note=note)
+        yield lambda note: progress.update(task, advance=1, note=note)
 
 
 def track(items: Sequence[T], title: str) -> Iterator[T]:

@@ -43,9 +43,9 @@ class RunFolder:
         if not is_main():
             return cls(path)
         check_free(path, config.overwrite)
-        if path.exists():
-            shutil.rmtree(path)
         try:
+            if path.exists():
+                shutil.rmtree(path)
             path.mkdir(parents=True)
             (path / ".probe").write_text("")
             (path / ".probe").unlink()
@@ -75,11 +75,13 @@ class RunFolder:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse a run folder that another run owns; nothing is touched."""
+    """Refuse a run folder that another run owns, or that is no run folder at all; nothing is touched."""
     if path.is_dir():
-        if any(path.iterdir()) and not overwrite:
-            fix = "Give the run another name=..., or set overwrite=true to replace it."
-            raise UserError(problem(str(path), "must not hold another run", "a folder with files", fix))
+        is_run = (path / "resolved.yaml").is_file()
+        if any(path.iterdir()) and not (overwrite and is_run):
+            fix = "Give the run another name=..." + (", or set overwrite=true to replace it." if is_run else ".")
+            given = "one" if is_run else "a folder with other files"
+            raise UserError(problem(str(path), "must not hold another run", given, fix))
     elif os.path.lexists(path):
         raise UserError(problem(str(path), "must be a folder", "a file", "Give the run another name=..."))
 

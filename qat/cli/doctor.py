@@ -1,6 +1,6 @@
 """Exit 0 when nothing is wrong, 1 otherwise. Paste the output into bug reports.
 
-  qat doctor
+qat doctor
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PATH is a run folder (its own text and protocol, fake-quantized and packed) or an export folder (give the text).
 
-  qat evaluate runs/smollm2_quickstart
-  qat evaluate runs/smollm2_quickstart/export/compressed_tensors data=text data.path=FILE.txt
+qat evaluate runs/smollm2_quickstart
+qat evaluate runs/smollm2_quickstart/export/compressed_tensors data=text data.path=FILE.txt
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(problem("qat evaluate", "a run is scored on its own text", args.overrides[0], fix))
         config = from_yaml(resolved)
     elif (args.path / "config.json").is_file():
-        config = compose_run([f"model.path={args.path}", *args.overrides])
+        # not through the command line's grammar, which cannot read every folder name
+        config = compose_run(["model.path=unused", *args.overrides])
+        config.model.path = str(args.path)
     else:
         fix = "Name runs/NAME or runs/NAME/export/compressed_tensors."
         raise UserError(problem(str(args.path), "must be a run or an export folder", "neither", fix))

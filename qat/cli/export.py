@@ -1,13 +1,12 @@
 """Packs the final checkpoint of a run again, from its files alone; the scheme comes from the run, never from you.
 
-  qat export runs/smollm2_quickstart --overwrite
-  qat export runs/smollm2_quickstart --output elsewhere/model
+qat export runs/smollm2_quickstart --overwrite
+qat export runs/smollm2_quickstart --output elsewhere/model
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from qat.errors import UserError, problem
@@ -41,11 +40,12 @@ def run(args: argparse.Namespace) -> int:
     from qat import checks, pipeline
     from qat.convert import digests, pack_model
     from qat.export import write_export
+    from qat.formats.folder import read_json
     from qat.models import load_config, load_tokenizer
 
     model, coverage = pipeline.rebuild(config, args.run)
     packed = pack_model(model, coverage, load_config(config.model).to_dict(), checks.kv_spec(config.kv))
-    results = json.loads(results_file.read_text())
+    results = read_json(results_file)
     write_export(packed, digests(packed), load_tokenizer(config.model), output, config, results)
     print(output)
     return 0

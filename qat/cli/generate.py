@@ -1,6 +1,6 @@
 """Answers each prompt (through the model's chat template when it has one) with the packed model.
 
-  qat generate runs/smollm2_quickstart/export/compressed_tensors "What is the capital of France?"
+qat generate runs/smollm2_quickstart/export/compressed_tensors "What is the capital of France?"
 """
 
 from __future__ import annotations

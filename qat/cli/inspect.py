@@ -1,13 +1,12 @@
 """PATH is a run folder, an export folder, a Hugging Face model folder, or one safetensors file.
 
-  qat inspect runs/smollm2_quickstart
-  qat inspect runs/smollm2_quickstart/export/compressed_tensors
+qat inspect runs/smollm2_quickstart
+qat inspect runs/smollm2_quickstart/export/compressed_tensors
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
     if path.is_file() and path.suffix == ".safetensors":
         return _tensors(path)
     if (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text())
+        from qat.formats.folder import read_json
+
+        config = read_json(path / "config.json")
         return _export(path) if "qat" in config else _model(path, config)
     fix = "Name a run folder, an export, a model folder, or a .safetensors file."
     raise UserError(problem(str(path), "must be something qat knows", "nothing of the kind", fix))
@@ -83,7 +84,8 @@ def _tensors(file: Path) -> int:
 
     try:
         with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():
+            names = stream.keys()
+            for name in names:
                 part = stream.get_slice(name)
                 print(f"{name:<60} {part.get_dtype():<6} {'x'.join(map(str, part.get_shape()))}")
     except (SafetensorError, OSError) as error:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+from qat.errors import UserError, nearest, problem
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What to list."""
@@ -19,10 +21,13 @@ def run(args: argparse.Namespace) -> int:
     from qat.cli.compose import groups, list_group
 
     tables = {"observers": _observers, "estimators": _estimators, "formats": _formats, "kernels": _kernels}
+    known = [*groups(), *tables]
     if args.what in (None, "groups"):
-        for name in [*groups(), *tables]:
+        for name in known:
             print(name)
         return 0
+    if args.what not in known and args.what.removesuffix("s") not in known:
+        raise UserError(problem("qat ls", "must name a group or a table", f"'{args.what}'", nearest(args.what, known)))
     lines = tables[args.what]() if args.what in tables else list_group(args.what)
     width = max(len(name) for name, _ in lines)
     for name, line in lines:

@@ -68,7 +68,8 @@ def _dispatch(argv: list[str]) -> int:
     )
     module.arguments(parser)
     run: Callable[[argparse.Namespace], int] = module.run
-    return run(parser.parse_args(argv[1:]))
+    # options may stand anywhere among the overrides
+    return run(parser.parse_intermixed_args(argv[1:]))
 
 
 if __name__ == "__main__":

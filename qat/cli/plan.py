@@ -1,7 +1,7 @@
 """Takes the overrides of `qat train`; loads no weights (the model is built from config.json on the meta device).
 
-  qat plan recipe=smollm2_quickstart
-  qat plan model.path=FOLDER scheme=w4a16_g64
+qat plan recipe=smollm2_quickstart
+qat plan model.path=FOLDER scheme=w4a16_g64
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from qat.cli.compose import compose_run
 
     # the text plays no part in a plan, so a missing data.path is no reason to refuse
-    given = {word.split("=", 1)[0] for word in args.overrides}
-    text = [] if given & {"recipe", "data.path", "data"} else ["data.path=unused"]
+    given = {word.split("=", 1)[0].lstrip("+") for word in args.overrides}
+    text = [] if "data.path" in given else ["data.path=unused"]
     config = compose_run([*args.overrides, *text])
 
     from qat import build
@@ -79,7 +79,10 @@ def _show(coverage: Any, memory: dict[str, float], config: Any) -> None:
     console.print(table)
     total = f"{coverage.quantized_weights:,} of {coverage.weights:,} weights quantized ({coverage.coverage:.2%})"
     print(f"{total}; {coverage.bits_per_weight:.3f} bits per weight with everything counted")
-    print(f"packed {coverage.bytes / 1e6:.1f} MB, float32 {4 * coverage.weights / 1e6:.1f} MB; kv cache: {coverage.kv or 'float'}")
+    print(
+        f"packed {coverage.bytes / 1e6:.1f} MB, float32 {4 * coverage.weights / 1e6:.1f} MB; "
+        f"kv cache: {coverage.kv or 'float'}"
+    )
     parts = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if name != "total" and size > 0)
     print(f"training memory per process, estimated: {memory['total']:.2f} GiB ({parts})")
     available = available_gib()

@@ -23,13 +23,14 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Score:
-    """perplexity = exp(mean negative log-likelihood); `kl` in nats and `top1` are against a reference model."""
+    """perplexity = exp(mean negative log-likelihood); the rest is against a reference model, `kl` in nats."""
 
     perplexity: float
     tokens: int
     kl: float | None = None
     top1: float | None = None
     max_difference: float | None = None
+    reference_perplexity: float | None = None
 
 
 @torch.no_grad()
@@ -41,11 +42,10 @@ def score(
     reference: nn.Module | None = None,
     title: str = "evaluate",
 ) -> Score:
-    """Score windows [B, T] with `model`; with a `reference`, also mean KL(reference || model), top-1 agreement and the
-    largest difference of a logit."""
+    """Score windows [B, T] with `model`; with a `reference` also the reference itself, mean KL(reference || model),
+    top-1 agreement and the largest difference of a logit."""
     model.eval()
-    nll = kl = agree = 0.0
-    largest = 0.0
+    nll = reference_nll = kl = agree = largest = 0.0
     tokens = 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for batch in track(windows.split(batch_size), title):
@@ -62,6 +62,7 @@ def score(
                 if wanted is not None and reference is not None:
                     their_logits = _logits(reference, wanted[rows])
                     log_t = their_logits.log_softmax(-1)
+                    reference_nll -= float(log_t.gather(-1, labels[rows, None]).double().sum())
                     kl += float((log_t.exp() * (log_t - log_p)).double().sum())
                     agree += float((log_t.argmax(-1) == log_p.argmax(-1)).sum())
                     largest = max(largest, float((their_logits - logits).abs().max()))
@@ -69,7 +70,8 @@ def score(
     perplexity = math.exp(min(nll / tokens, 700.0))
     if reference is None:
         return Score(perplexity, tokens)
-    return Score(perplexity, tokens, kl / tokens, agree / tokens, largest)
+    theirs = math.exp(min(reference_nll / tokens, 700.0))
+    return Score(perplexity, tokens, kl / tokens, agree / tokens, largest, theirs)
 
 
 def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def recovery(packed: float, control: float, rtn_of_control: float) -> float | None:
-    """1 - ln(packed / control) / ln(rtn_of_control / control): the share of the quantization loss that training won back.
+    """1 - ln(packed / control) / ln(rtn_of_control / control): the share of the quantization loss won back.
 
     None when round-to-nearest loses nothing, since there is then nothing to win back.
     """

@@ -39,6 +39,7 @@ class PackedLinear(nn.Module):
         op = "wna16_matmul" if scheme.input is None else "wna8_matmul"
         self.choice = choose(op, weight, backend)
         self.state = self.choice.kernel.prepare(weight, dtype)
+        self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qat import grid
-from qat.fake_quant import FakeQuantize
+from qat.fake_quant import FakeQuantize, whole
 
 
 class QuantLinear(nn.Linear):
@@ -46,9 +46,10 @@ class QuantLinear(nn.Linear):
 class QuantConv1D(nn.Module):
     """GPT-2's Conv1D: the same as QuantLinear with the weight stored [K, N]."""
 
-    def __init__(self, conv: nn.Module, weight_fq: FakeQuantize, input_fq: FakeQuantize | None):
+    def __init__(self, conv: Any, weight_fq: FakeQuantize, input_fq: FakeQuantize | None):
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight: nn.Parameter = conv.weight
+        self.bias: nn.Parameter = conv.bias
         self.weight_fake_quant, self.input_fake_quant = weight_fq, input_fq
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,12 +134,12 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, FakeQuant
                 continue
             seen.add(id(module.weight_fake_quant))
             for name, (weight, fake_quant) in module.quantized_weights().items():
-                yield f"{module_name}.{name}", weight, fake_quant
+                yield f"{module_name}.{name}", whole(weight), fake_quant
         elif parametrize.is_parametrized(module):
-            for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr,operator]
+            for name, parametrizations in module.parametrizations.items():
                 quantized = parametrizations[0]
                 if isinstance(quantized, FakeQuantizedParameter):
-                    weight = quantized.as_ENK(parametrizations.original)
+                    weight = quantized.as_ENK(whole(parametrizations.original))
                     yield f"{module_name}.{name}", weight, quantized.weight_fake_quant
 
 

@@ -108,7 +108,7 @@ class ValidationCallback(L.Callback):
 
 
 class CheckpointCallback(L.Callback):
-    """Lightning checkpoints under checkpoints/, written beside and renamed, so that a killed save leaves the last one."""
+    """Lightning checkpoints under checkpoints/, written beside and renamed: a killed save leaves the last one."""
 
     def __init__(self, folder: Path, every: int):
         self.folder, self.every = folder, every

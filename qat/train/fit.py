@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qat.metrics import Metrics
 from qat.progress import bar
@@ -45,8 +46,9 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What the run measured: optimizer steps, tokens seen by all processes, seconds of each step."""
+    """The trained model, whole and on the CPU, and what was measured: steps, tokens of all processes, step seconds."""
 
+    model: nn.Module
     steps: int
     tokens: int
     step_seconds: list[float]
@@ -65,7 +67,7 @@ def fit(
     checkpoints: Path | None = None,
     title: str = "train",
 ) -> FitResult:
-    """Train `student` in place on windows [n, block] for `options.max_steps` optimizer steps.
+    """Train `student` on windows [n, block] for `options.max_steps` optimizer steps; use the result's `model` after.
 
     Args:
         teacher: float model for the KL term, or None.
@@ -73,6 +75,7 @@ def fit(
         score: held-out perplexity, for `eval_every`.
     """
     _quiet_lightning()
+    L.seed_everything(options.seed, verbose=False)
     module = CausalLMModule(student, teacher, loss, optim, schedule)
     student.train()
     if options.gradient_checkpointing:
@@ -86,10 +89,12 @@ def fit(
             callbacks.append(CheckpointCallback(checkpoints, options.checkpoint_every))
         trainer = _trainer(options, callbacks)
         loader = train_loader(windows, options.batch_size, options.seed, trainer.global_rank, trainer.world_size)
+        template = copy.deepcopy(student) if options.strategy == "fsdp2" else None
         trainer.fit(module, loader)
-    student.eval()
+    trained = student if template is None else _whole(student, template)
+    trained.cpu().eval()
     tokens = trainer.global_step * options.accumulate * loader.batch_size * windows.shape[1] * trainer.world_size  # type: ignore[operator]
-    return FitResult(trainer.global_step, tokens, watcher.step_seconds)
+    return FitResult(trained, trainer.global_step, tokens, watcher.step_seconds)
 
 
 def as_teacher(model: nn.Module, precision: str) -> nn.Module:
@@ -104,7 +109,13 @@ def as_teacher(model: nn.Module, precision: str) -> nn.Module:
 
 
 def _trainer(options: FitOptions, callbacks: list[L.Callback]) -> L.Trainer:
-    strategy: Any = {"single": "auto", "ddp": "ddp"}[options.strategy]
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    world = options.devices * options.nodes
+    strategies: dict[str, Any] = {"single": "auto", "ddp": "ddp"}
+    strategy = strategies.get(options.strategy) or ModelParallelStrategy(
+        data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
     return L.Trainer(
         accelerator=options.accelerator,
         strategy=strategy,
@@ -121,6 +132,16 @@ def _trainer(options: FitOptions, callbacks: list[L.Callback]) -> L.Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _whole(sharded: nn.Module, template: nn.Module) -> nn.Module:
+    """`template` with the values of the sharded model: every process takes part, each gets a whole copy."""
+    state = {}
+    for name, tensor in sharded.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        state[name] = whole.detach().cpu()
+    template.load_state_dict(state)
+    return template
 
 
 def _quiet_lightning() -> None:

@@ -57,7 +57,7 @@ def distillation_loss(
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, bias, labels, teacher, weights):  # noqa: ANN001 - torch's signature
+    def forward(ctx, hidden, head, bias, labels, teacher, weights):
         count = hidden.shape[0]
         d_hidden = torch.empty_like(hidden)
         d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
@@ -86,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss, ce_mean, kl_mean
 
     @staticmethod
-    def backward(ctx, grad, _ce, _kl):  # noqa: ANN001
+    def backward(ctx, grad, _ce, _kl):
         d_hidden, d_head, d_bias = ctx.saved_tensors
         head_dtype, bias_dtype = ctx.dtypes
         d_head = None if d_head is None else (d_head * grad).to(head_dtype)

@@ -38,6 +38,27 @@ class OptimOptions:
     steps: int
 
 
+class StudentLoss(nn.Module):
+    """The student and its loss in one forward pass, so that distributed wrappers see every use of its parameters.
+
+    Letters: B windows, T tokens per window, M = B (T - 1) scored tokens.
+    """
+
+    def __init__(self, student: nn.Module, weights: LossWeights):
+        super().__init__()
+        self.student, self.weights = student, weights
+
+    def forward(self, ids: Tensor, teacher: Teacher | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, CE and KL of windows [B, T]; the first token of a window is not scored."""
+        base, head = hidden_and_head(self.student)
+        labels = ids[:, 1:].reshape(-1)
+        hidden = base(ids).last_hidden_state[:, :-1].flatten(0, 1)
+        if isinstance(head, QuantLinear) and head.input_fake_quant is not None:
+            hidden = head.input_fake_quant(hidden)
+        weight = head.fake_weight() if isinstance(head, QuantLinear) else head.weight
+        return distillation_loss(hidden, weight, head.bias, labels, teacher, self.weights)
+
+
 class CausalLMModule(L.LightningModule):
     """Trains a Hugging Face causal LM with cross entropy and distillation from its own float weights.
 
@@ -56,11 +77,27 @@ class CausalLMModule(L.LightningModule):
         schedule: Sequence[PhaseEntry] = (),
     ):
         super().__init__()
-        self.student = student
+        self.student_loss = StudentLoss(student, loss)
         # outside the module tree: neither trained, nor saved, nor wrapped by a distributed strategy
-        self._teacher = [teacher] if teacher is not None else []
+        self._teacher = [teacher] if teacher is not None and loss.kl > 0 else []
         self.loss_weights, self.optim_options, self.schedule = loss, optim, tuple(schedule)
         self.phase: PhaseState | None = None
+
+    @property
+    def student(self) -> nn.Module:
+        """The model being trained."""
+        return self.student_loss.student
+
+    def configure_model(self) -> None:
+        """Under FSDP2: each decoder block a shard unit of its own, the rest (tables, head, last norm) one more."""
+        mesh = getattr(self, "device_mesh", None)
+        if mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for block in decoder_blocks(self.student):
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.student_loss, mesh=mesh["data_parallel"])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if not self.schedule:
@@ -80,15 +117,8 @@ class CausalLMModule(L.LightningModule):
         return {"loss": loss, "ce": ce, "kl": kl}
 
     def losses(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, CE and KL of windows [B, T]; the first token of a window is not scored."""
-        base, head = hidden_and_head(self.student)
-        labels = ids[:, 1:].reshape(-1)
-        hidden = base(ids).last_hidden_state[:, :-1].flatten(0, 1)
-        if isinstance(head, QuantLinear) and head.input_fake_quant is not None:
-            hidden = head.input_fake_quant(hidden)
-        weight = head.fake_weight() if isinstance(head, QuantLinear) else head.weight
-        teacher = self._teacher_says(ids) if self.loss_weights.kl > 0 else None
-        return distillation_loss(hidden, weight, head.bias, labels, teacher, self.loss_weights)
+        """Loss, CE and KL of windows [B, T]."""
+        return self.student_loss(ids, self._teacher_says(ids) if self._teacher else None)
 
     @torch.no_grad()
     def _teacher_says(self, ids: Tensor) -> Teacher:
@@ -100,8 +130,10 @@ class CausalLMModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over weights, vectors (no decay) and learned scales (own rate, no decay); warm-up, then a cosine."""
         options = self.optim_options
-        matrices, vectors, scales = [], [], []
-        for name, parameter in self.student.named_parameters():
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        scales: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
             is_scale = name.endswith(("scale_shift", "zero_shift"))
@@ -130,3 +162,9 @@ class CausalLMModule(L.LightningModule):
         limit = self.optim_options.grad_clip or math.inf
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: the modules of its longest ModuleList."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])

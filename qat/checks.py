@@ -57,7 +57,7 @@ AT_LEAST: dict[str, int] = {
     "export.max_new_tokens": 1,
 }
 ABOVE_ZERO = ("optim.lr", "optim.scale_lr", "distill.temperature")
-FRACTIONS = ("data.eval_fraction", "plan.min_coverage", "optim.warmup_fraction", "optim.final_lr_fraction")
+FRACTIONS = ("data.eval_fraction", "plan.max_unsupported", "optim.warmup_fraction", "optim.final_lr_fraction")
 
 
 def check(config: RunConfig) -> list[str]:
@@ -72,6 +72,7 @@ def value_at(config: RunConfig, key: str) -> Any:
 
 
 def names(config: RunConfig) -> Iterator[str]:
+    """The run folder has a plain name in a folder."""
     name = config.name
     if name in ("", ".", "..") or name != name.strip() or any(c in "/\\\0" for c in name):
         yield problem("name", "must be a plain folder name", f"'{name}'", "Use runs_dir for the folder above it.")
@@ -80,6 +81,7 @@ def names(config: RunConfig) -> Iterator[str]:
 
 
 def choices(config: RunConfig) -> Iterator[str]:
+    """Every word is one of its table."""
     for key, known in CHOICES.items():
         value = value_at(config, key)
         if value not in known:
@@ -89,6 +91,7 @@ def choices(config: RunConfig) -> Iterator[str]:
 
 
 def ranges(config: RunConfig) -> Iterator[str]:
+    """Every number is in its range."""
     for key, least in AT_LEAST.items():
         value = value_at(config, key)
         if value is not None and not (math.isfinite(value) and value >= least):
@@ -107,6 +110,7 @@ def ranges(config: RunConfig) -> Iterator[str]:
 
 
 def data(config: RunConfig) -> Iterator[str]:
+    """Settings of the text that contradict each other."""
     chosen = config.data
     if chosen.chat and chosen.kind == "text":
         fix = "Use data=chat (JSON lines), or data.chat=false."
@@ -121,6 +125,7 @@ def data(config: RunConfig) -> Iterator[str]:
 
 
 def model(config: RunConfig) -> Iterator[str]:
+    """Settings that a packaged or .gguf model cannot have."""
     chosen = config.model
     if not (chosen.path.startswith("package:") or chosen.path.endswith(".gguf")):
         return
@@ -162,6 +167,7 @@ def schemes(config: RunConfig) -> Iterator[str]:
 
 
 def fake_quant(config: RunConfig) -> Iterator[str]:
+    """Estimator, scale mode and observer fit together."""
     chosen = config.fake_quant
     if (chosen.weight_scale == "learned") != (chosen.estimator in LEARNED):
         fix = "Use fake_quant=learned, or estimator=ste_clipped with weight_scale=dynamic or static."
@@ -179,6 +185,7 @@ def fake_quant(config: RunConfig) -> Iterator[str]:
 
 
 def phases(config: RunConfig) -> Iterator[str]:
+    """The schedule is sorted, inside the run, and quantizes at some point."""
     schedule, last_step = config.phases.schedule, config.trainer.max_steps - 1
     previous = 0
     for i, entry in enumerate(schedule):
@@ -206,12 +213,14 @@ def phases(config: RunConfig) -> Iterator[str]:
 
 
 def losses(config: RunConfig) -> Iterator[str]:
+    """At least one term of the loss is on."""
     if config.distill.kl_weight == 0 and config.distill.ce_weight == 0:
         fix = "Use distill=kl, ce or kl_ce."
         yield problem("distill", "kl_weight or ce_weight must be above 0", "0 for both", fix)
 
 
 def trainer(config: RunConfig) -> Iterator[str]:
+    """Strategy and number of processes fit together."""
     chosen = config.trainer
     if chosen.strategy == "single" and (chosen.devices > 1 or chosen.nodes > 1):
         fix = "Use trainer.strategy=ddp or fsdp2, or one device on one node."

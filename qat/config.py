@@ -105,8 +105,8 @@ class PlanConfig:
     """First match wins; a rule that matches nothing is an error."""
     embedding: str = "w8a16"
     """Scheme of token table and output head (one matrix when tied); keep, or same for the run's scheme."""
-    min_coverage: float = 0.9
-    """The run refuses when a smaller share of the weights would be quantized."""
+    max_unsupported: float = 0.1
+    """The run refuses when a larger share of the weights is of layers that have no grid and that no rule keeps."""
 
 
 @dataclass

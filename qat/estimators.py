@@ -45,7 +45,7 @@ ESTIMATORS = {
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What the matmul behind this tensor will run in: the autocast type when autocast is on, else x's own."""
+    """What the matmul behind x [...] will run in: the autocast type when autocast is on, else x's own."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -86,7 +86,6 @@ def _clipped_gradients(
     """Gradients of x, scale and zero point; the latter two None where they are not learned."""
     grouped, scale, zero_point = grid.rows(x, qparams, spec)
     grad_rows = grad.reshape(grouped.shape)
-    low, high = grid.code_range(spec)
     dx = torch.empty(grouped.shape, dtype=x.dtype, device=x.device)
     dscale = torch.empty(grouped.shape[:2], device=x.device) if estimator.learns_scale else None
     dzero = torch.empty(grouped.shape[:2], device=x.device) if estimator.learns_zero_point else None
@@ -94,14 +93,16 @@ def _clipped_gradients(
     for start in range(0, grouped.shape[0], step):
         stop = start + step
         g = grad_rows[start:stop]
-        block_scale, shift = grid.row_block(scale, start, stop), grid.row_block(zero_point, start, stop)
+        block_scale = grid.row_block(scale, start, stop)
+        shift = None if spec.symmetric else grid.row_block(zero_point, start, stop)
         v = grouped[start:stop].float() / block_scale
-        # the code before its clamp is round(v) + zero_point: inside iff v rounds into [low - z, high - z]
-        inside = (v >= low - 0.5 - shift) & (v <= high + 0.5 - shift)
+        inside = grid.is_inside(v, shift, spec)
         torch.mul(g, inside, out=dx[start:stop]) if g.dtype == x.dtype else dx[start:stop].copy_(g).mul_(inside)
         if dscale is None:
             continue
-        code = grid.codes_(v.clone(), shift, spec).sub_(shift)
+        code = grid.codes_(v.clone(), shift, spec)
+        if shift is not None:
+            code.sub_(shift)
         code.sub_(v.mul_(inside))
         dscale[start:stop] = torch.mul(code, g).sum(-1)
         if dzero is not None:

@@ -54,14 +54,14 @@ def min_max(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The nearest storable scale, as float32. A dynamic activation scale stays unrounded."""
+    """The nearest storable scale [..., G], as float32. A dynamic activation scale stays unrounded."""
     if spec.scale_dtype == "float32":
         return scale.float().clamp(min=DYNAMIC_SCALE_MIN)
     return scale.float().clamp(SCALE_MIN, SCALE_MAX).bfloat16().float()
 
 
 def round_zero_point(zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """The nearest code that may stand for zero, int32, inside the code range."""
+    """The nearest code that may stand for zero [..., G], int32, inside the code range."""
     low, high = code_range(spec)
     return torch.round(zero_point).clamp(low, high).to(torch.int32)
 
@@ -103,17 +103,26 @@ def rows(x: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Tensor, 
 
 
 def row_block(q: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start..stop of a per-row quantity, or the one row that all share."""
+    """Rows start..stop of a per-row quantity [R, G, 1], or the one row that all share."""
     return q if q.shape[0] == 1 else q[start:stop]
 
 
 def codes_(scaled: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The rounding itself, in place on x / scale (float32): round half to even, shift, clamp."""
+    """The rounding itself, in place on x / scale [R, G, S] float32: round half to even, shift, clamp."""
     low, high = code_range(spec)
     scaled.round_()
     if zero_point is not None:
         scaled.add_(zero_point)
     return scaled.clamp_(low, high)
+
+
+def is_inside(scaled: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Where the clamp of `codes_` changes nothing, for x / scale [R, G, S]; a tie counts as what it is rounded to."""
+    low, high = code_range(spec)
+    rounded = torch.round(scaled)
+    if zero_point is None:
+        return (rounded >= low) & (rounded <= high)
+    return (rounded >= low - zero_point) & (rounded <= high - zero_point)
 
 
 def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
@@ -144,7 +153,7 @@ def dequantize(codes: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dt
 
 
 def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """`dequantize(quantize(x))` in one pass over memory; the same bits by construction and by test."""
+    """`dequantize(quantize(x))` of x [..., K] in one pass over memory; the same bits by construction and by test."""
     grouped, scale, zero_point = rows(x.detach(), qparams, spec)
     out = torch.empty(grouped.shape, dtype=dtype, device=x.device)
     step = blocks(grouped)

@@ -41,6 +41,7 @@ class Layer:
     bits: float = 32.0
     bytes: int = 0
     tied_to: str | None = None
+    unsupported: bool = False
 
 
 @dataclass
@@ -102,24 +103,25 @@ class _Site:
     transposed: bool = False
 
 
-def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, min_coverage: float = 0.0) -> Coverage:
+def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, max_unsupported: float = 1.0) -> Coverage:
     """Swap the planned layers of a Hugging Face causal LM in place.
 
     Raises:
         UserError: every rule without a match, every group size that does not divide, a tied matrix with two schemes,
-            or less than `min_coverage` of the parameters quantized, all in one.
+            or more than `max_unsupported` of the weights in layers without a grid that no rule keeps, all in one.
     """
     sites, coverage = survey(model, plan)
-    problems = plan.check_rules([site.layer.name.removesuffix(".weight") for site in sites])
+    problems = plan.check_rules([layer.name.removesuffix(".weight") for layer in coverage.layers])
     grids = {s.layer.name: coverage.schemes[s.layer.name] for s in sites if s.layer.scheme}
     shapes = {site.layer.name: site.layer.shape for site in sites}
     problems += indivisible({name: (shapes[name][-1], scheme.weight) for name, scheme in grids.items()})
-    if not problems and coverage.coverage < min_coverage:
-        floating = sorted((x for x in coverage.layers if not x.scheme), key=lambda x: -x.weights)[:5]
-        names = "; ".join(f"{x.name} ({x.reason})" for x in floating)
-        wanted = f"at least {min_coverage:.0%} of the weights must be quantized"
-        given = f"{coverage.coverage:.1%}, so {1 - coverage.coverage:.1%} of the weights would stay float"
-        problems.append(problem("plan.min_coverage", wanted, given, f"Largest: {names}. Add plan rules, or lower it."))
+    unsupported = [layer for layer in coverage.layers if layer.unsupported]
+    share = sum(layer.weights for layer in unsupported) / max(1, coverage.weights)
+    if share > max_unsupported:
+        names = "; ".join(f"{x.name} ({x.reason})" for x in sorted(unsupported, key=lambda x: -x.weights)[:5])
+        wanted = f"at most {max_unsupported:.0%} of the weights may be of layers without a grid"
+        fix = f"Largest: {names}. Keep them by plan rules if that is meant, or raise plan.max_unsupported."
+        problems.append(problem("plan.max_unsupported", wanted, f"{share:.1%}, which would stay float", fix))
     if problems:
         raise UserError(*problems)
     owners: dict[int, FakeQuantize] = {}
@@ -145,14 +147,20 @@ def survey(model: nn.Module, plan: QuantPlan) -> tuple[list[_Site], Coverage]:
             if name in handled or id(parameter) in first_name:
                 continue
             first_name[id(parameter)] = f"{module_name}.{name}"
-            reason = f"{type(module).__name__} is not a layer type with a grid"
-            if parameter.dim() < 2:
-                reason = "vector"
-            size = parameter.numel()
-            kept = Layer(f"{module_name}.{name}", type(module).__name__, tuple(parameter.shape), size, reason=reason)
-            kept.bytes = 4 * size
-            coverage.layers.append(kept)
+            coverage.layers.append(_kept(module_name, module, name, parameter, plan))
     return sites, coverage
+
+
+def _kept(module_name: str, module: nn.Module, name: str, parameter: Tensor, plan: QuantPlan) -> Layer:
+    """The line of a parameter that has no grid: a vector, or a matrix of a layer type we do not know."""
+    kind, size = type(module).__name__, parameter.numel()
+    kept = Layer(f"{module_name}.{name}", kind, tuple(parameter.shape), size, reason="vector", bytes=4 * size)
+    if parameter.dim() >= 2:
+        scheme, why = plan.scheme_for(module_name, False)
+        by_rule = scheme is None and why != "scheme"
+        kept.reason = f"kept by {why}" if by_rule else f"{kind} is not a layer type with a grid"
+        kept.unsupported = not by_rule
+    return kept
 
 
 def _call(model: nn.Module, method: str) -> nn.Module | None:

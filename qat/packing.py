@@ -52,7 +52,7 @@ class PackedTensor:
 
     @property
     def qparams(self) -> QParams:
-        """Scale float32 and zero point int32, both shaped like the groups."""
+        """Scale float32 and zero point int32, both [..., G]."""
         if self.zero_point is None:
             return QParams(self.scale, torch.zeros_like(self.scale, dtype=torch.int32))
         return QParams(self.scale, self.zero_point.to(torch.int32))
@@ -130,8 +130,8 @@ def unpack_rows(packed: Tensor, bits: int, length: int) -> Tensor:
 
 
 def tight(x: Tensor) -> Tensor:
-    """A copy with the strides of its shape. `contiguous` keeps any stride of a dimension of size 1, and a view as a
-    wider type then fails."""
+    """A copy of x [...] with the strides of its shape. `contiguous` keeps any stride of a dimension of size 1, and a
+    view as a wider type then fails."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -190,7 +190,7 @@ def qparams_problems(name: str, tensor: PackedTensor) -> list[str]:
 
 
 def scale_problems(name: str, scale: Tensor) -> list[str]:
-    """A line when a scale is not finite, positive and exact in bfloat16."""
+    """A line when a scale [..., G] is not finite, positive and exact in bfloat16."""
     bad = scale[~(torch.isfinite(scale) & (scale > 0))]
     if bad.numel():
         fix = "The file is damaged, or training diverged: look at the loss, then export again."

@@ -230,8 +230,14 @@ def _results(
             block=block, tokens=scores["fake_quant"].tokens, precision=config.evaluate.precision
         ),
         "seed": config.seed,
-        "notes": [*windows.warnings],
+        "notes": [*windows.warnings, *_repetition(train.tokens, windows)],
     }
+
+
+def _repetition(tokens: int, windows: TextWindows) -> list[str]:
+    """A note when the training text was seen more than once: with little text, QAT memorises it."""
+    passes = tokens / windows.train.numel()
+    return [f"the training text ({windows.train.numel()} tokens) was seen {passes:.1f} times"] if passes > 1 else []
 
 
 def _finish(

@@ -141,13 +141,18 @@ class QuantPlan:
 
 
 def indivisible(layers: dict[str, tuple[int, QuantSpec]]) -> list[str]:
-    """A problem line for every layer (name -> in_features, weight spec) whose group size does not divide its input."""
-    problems = []
+    """A problem line for each input width that its group size does not divide, naming all layers of that width.
+
+    `layers` maps a name to (in_features, weight spec).
+    """
+    found: dict[tuple[int, int], list[str]] = {}
     for name, (in_features, spec) in layers.items():
-        size = spec.group_size
-        if size and in_features % size:
-            works = [d for d in (256, 192, 128, 96, 64, 48, 32, 24, 16, 8) if in_features % d == 0]
-            fix = f"Use group_size={' or '.join(map(str, works))}," if works else "Use granularity=channel,"
-            wanted = f"in_features must be a multiple of group_size={size}"
-            problems.append(problem(name, wanted, in_features, f"{fix} or keep this layer in float with a plan rule."))
+        if spec.group_size and in_features % spec.group_size:
+            found.setdefault((in_features, spec.group_size), []).append(name)
+    problems = []
+    for (in_features, size), names in found.items():
+        works = [d for d in (256, 192, 128, 96, 64, 48, 32, 24, 16, 8) if in_features % d == 0]
+        fix = f"Use group_size={' or '.join(map(str, works))}," if works else "Use granularity=channel,"
+        wanted = f"in_features must be a multiple of group_size={size}"
+        problems.append(problem(", ".join(names), wanted, in_features, f"{fix} or keep them in float with plan rules."))
     return problems

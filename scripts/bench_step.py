@@ -43,11 +43,9 @@ def contender(name: str) -> Any:
         from torchao.quantization.granularity import PerGroup
         from torchao.quantization.qat import QATConfig
 
-        base = (
-            Int4WeightOnlyConfig(group_size=32)
-            if "int4" in name
-            else Int8DynamicActivationIntxWeightConfig(weight_dtype=getattr(torch, "int4"), weight_granularity=PerGroup(32))
-        )
+        int4: Any = vars(torch)["int4"]
+        dynamic = Int8DynamicActivationIntxWeightConfig(weight_dtype=int4, weight_granularity=PerGroup(32))
+        base = Int4WeightOnlyConfig(group_size=32) if "int4" in name else dynamic
         quantize_(model, QATConfig(base, step="prepare"), filter_fn=_block_linear)
     elif name != "plain":
         # like torchao, which leaves the tied table and head in float
@@ -164,7 +162,10 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     for row in result["rows"]:
-        print(f"{row['name']:<20} {row['median_seconds']:.3f} s  {row['ratio_to_plain']:.3f}x  {row['memory_ratio']:.3f}x memory")
+        print(
+            f"{row['name']:<20} {row['median_seconds']:.3f} s  {row['ratio_to_plain']:.3f}x  "
+            f"{row['memory_ratio']:.3f}x memory"
+        )
 
 
 if __name__ == "__main__":

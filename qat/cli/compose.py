@@ -96,10 +96,12 @@ def list_group(group: str) -> list[tuple[str, str]]:
 
 
 def groups() -> list[str]:
+    """The names of all groups: the folders of conf/, and recipes."""
     return [*sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir()), RECIPES]
 
 
 def options(group: str) -> list[Path]:
+    """The YAML files of a group, by name."""
     return sorted((recipes_dir() if group == RECIPES else conf_dir() / group).glob("*.yaml"))
 
 
@@ -110,6 +112,7 @@ def first_comment(file: Path) -> str:
 
 
 def is_file_name(recipe: object) -> bool:
+    """Whether `recipe=` names a file of the user's own rather than a shipped recipe."""
     return isinstance(recipe, str) and ("/" in recipe or recipe.endswith((".yaml", ".yml")))
 
 
@@ -182,6 +185,7 @@ def hint_for(path: list[str], part: str, siblings: list[str]) -> str:
 
 
 def all_keys(schema: Any, prefix: str) -> list[str]:
+    """Every dotted key of a dataclass and of those inside it."""
     keys = []
     for name, hint in get_type_hints(schema).items():
         inner = without_none(hint)
@@ -190,12 +194,14 @@ def all_keys(schema: Any, prefix: str) -> list[str]:
 
 
 def without_none(hint: Any) -> Any:
+    """T of `T | None`."""
     if get_origin(hint) in (Union, types.UnionType):
         return next(inner for inner in get_args(hint) if inner is not type(None))
     return hint
 
 
 def option_problems(group: str, option: Any) -> list[str]:
+    """A line when the group has no such option."""
     known = [file.stem for file in options(group)]
     if isinstance(option, dict | list) or option is None:
         return [problem(group, "must be the name of one option", option, f"Known: {', '.join(known)}.")]
@@ -283,6 +289,7 @@ def misfit(key: str, value: Any, error: OmegaConfBaseException, file: str = "") 
 
 
 def yaml_problem(error: yaml.MarkedYAMLError, file: str) -> str:
+    """A line for a file that is no YAML."""
     mark = error.problem_mark
     where = f"{file}:{mark.line + 1}" if mark else file
     return problem(

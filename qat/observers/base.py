@@ -45,15 +45,15 @@ class Observer(nn.Module):
         self.count += 1
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The range of one tensor, shaped like the scale."""
+        """The range of one tensor x [..., K], shaped like the scale [..., G]."""
         return grid.min_max(x, self.spec)
 
     def join(self, low: Tensor, high: Tensor) -> None:
-        """Merge one tensor's range into the state."""
+        """Merge one tensor's range [..., G] into the state."""
         raise NotImplementedError
 
     def qparams(self, spec: QuantSpec) -> QParams:
-        """The grid for what was seen; `spec` may differ from the own one in bits only (bit progression)."""
+        """The grid [..., G] for what was seen; `spec` may differ from the own one in bits only (bit progression)."""
         return grid.choose_qparams(self.low, self.high, spec)
 
     def extra_repr(self) -> str:

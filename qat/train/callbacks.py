@@ -24,7 +24,8 @@ class MetricsCallback(L.Callback):
         self.log_every, self.layer_stats_every = log_every, layer_stats_every
         self.step_seconds: list[float] = []
         self._parts: list[dict[str, Tensor]] = []
-        self._tokens, self._started, self._phase = 0, time.perf_counter(), ""
+        self.tokens = 0
+        self._tokens, self._step, self._started, self._phase = 0, 0, time.perf_counter(), ""
         self._health: dict[str, dict[str, Any]] = {}
         self._first_scale: dict[str, Tensor] = {}
 
@@ -34,15 +35,16 @@ class MetricsCallback(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._parts.append({key: outputs[key].detach() for key in ("loss", "ce", "kl")})
         self._tokens += batch.numel() * trainer.world_size
-        if len(self._parts) < trainer.accumulate_grad_batches:
-            return
         now, step = time.perf_counter(), trainer.global_step
+        if step == self._step:
+            return
+        self.tokens += self._tokens
         seconds = now - self._started
         self.step_seconds.append(seconds)
         self._write_train_line(pl_module, step, seconds)
         if self.layer_stats_every and (step % self.layer_stats_every == 0 or step == 1) and pl_module.schedule:
             self.metrics.write("layers", step, layers=self._layer_lines(pl_module))
-        self._parts, self._tokens, self._started = [], 0, time.perf_counter()
+        self._parts, self._tokens, self._step, self._started = [], 0, step, time.perf_counter()
 
     def _write_train_line(self, module: CausalLMModule, step: int, seconds: float) -> None:
         phase = module.phase.name if module.phase else "float"

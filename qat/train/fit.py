@@ -93,8 +93,7 @@ def fit(
         trainer.fit(module, loader)
     trained = student if template is None else _whole(student, template)
     trained.cpu().eval()
-    tokens = trainer.global_step * options.accumulate * loader.batch_size * windows.shape[1] * trainer.world_size  # type: ignore[operator]
-    return FitResult(trained, trainer.global_step, tokens, watcher.step_seconds)
+    return FitResult(trained, trainer.global_step, watcher.tokens, watcher.step_seconds)
 
 
 def as_teacher(model: nn.Module, precision: str) -> nn.Module:
@@ -148,5 +147,6 @@ def _quiet_lightning() -> None:
     """Lightning's banners and tips say nothing about a run; its warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (".*does not have many workers.*", ".*treespec.*is deprecated.*"):
+        warnings.filterwarnings("ignore", message=message)
     torch.set_float32_matmul_precision("highest")

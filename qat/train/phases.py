@@ -2,7 +2,7 @@
 
 The state at a step is the fold of all entries with `at <= step`, a pure function, so a resumed run is in the right
 phase whatever step it stopped at. Actions:
-    observe          watch, do not quantize
+    observe          watch the inputs, do not quantize
     fake_quantize    quantize (and stop watching)
     freeze_scales    hold every scale and zero point from here on
     bits N           weights whose scheme is narrower than N train at N bits
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qat.fake_quant import Phase
+from qat.fake_quant import FakeQuantize, Phase
 from qat.nn.quant import input_fake_quants, quantized_weights
 
 ACTIONS = ("observe", "fake_quantize", "freeze_scales", "bits")
@@ -66,22 +66,34 @@ def state_at(step: int, schedule: Sequence[PhaseEntry]) -> PhaseState:
 
 @torch.no_grad()
 def apply_phase(model: nn.Module, state: PhaseState) -> None:
-    """Bring every FakeQuantize of a training model into `state`; a changed width takes its range afresh."""
+    """Bring every FakeQuantize of a training model into `state`.
+
+    A weight's range is taken afresh from the weight when its width changes and when quantization sets in, so nobody
+    watches weights in between. An input's range is what was observed.
+    """
     for _, weight, fake_quant in quantized_weights(model):
+        before = fake_quant.now
         bits = max(state.bits, fake_quant.spec.bits)
-        changed = bits != fake_quant.now.bits
-        frozen = fake_quant.now.frozen
-        fake_quant.set_phase(Phase(state.observing, state.quantizing, frozen, bits))
-        if changed and fake_quant.observer is not None:
-            fake_quant.observer.count.zero_()
-            fake_quant.observer.observe(weight)
-            fake_quant.adopt_observed()
-        if state.frozen and not frozen:
+        fake_quant.set_phase(Phase(False, state.quantizing, before.frozen, bits))
+        sets_in = state.quantizing and not before.quantizing and not before.frozen
+        if bits != before.bits or sets_in:
+            _take_range(fake_quant, weight)
+        if state.frozen and not before.frozen:
             fake_quant.freeze(weight)
     for _, fake_quant in input_fake_quants(model):
         frozen = fake_quant.now.frozen
-        if state.quantizing and fake_quant.now.observing and fake_quant.observer is not None and not frozen:
+        if fake_quant.now.observing and not state.observing and fake_quant.observer is not None and not frozen:
             fake_quant.adopt_observed()
         fake_quant.set_phase(Phase(state.observing, state.quantizing, frozen, fake_quant.spec.bits))
         if state.frozen and not frozen:
             fake_quant.freeze(None)
+
+
+def _take_range(fake_quant: FakeQuantize, weight: Tensor) -> None:
+    """Give a grid that is stored its scale from the weight as it is now; other grids follow the weight anyway."""
+    if fake_quant.observer is not None:
+        fake_quant.observer.count.zero_()
+        fake_quant.observer.observe(weight)
+        fake_quant.adopt_observed()
+    elif fake_quant.now.frozen:
+        fake_quant.freeze(weight)

@@ -15,6 +15,7 @@ from torch import nn
 from qat import checks
 from qat.config import RunConfig
 from qat.insert import Coverage, FakeQuantOptions, insert
+from qat.memory import keep_freed_memory
 from qat.metrics import Metrics
 from qat.models import check_tokenizer, load_model, load_tokenizer
 from qat.nn.kv import install_kv
@@ -97,8 +98,9 @@ def metrics(config: RunConfig, folder: Path, as_dict: dict) -> Metrics:
     return Metrics(folder, config.logger.wandb, config.logger.project, as_dict)
 
 
-def set_threads(config: RunConfig) -> int:
-    """Apply trainer.threads; returns the number in use."""
+def use_machine(config: RunConfig) -> int:
+    """Apply trainer.threads and let malloc keep what a step frees; returns the number of threads in use."""
+    keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     return torch.get_num_threads()

@@ -76,7 +76,8 @@ class FakeQuantize(nn.Module):
         self.register_buffer("scale", torch.ones(scale_shape))
         self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32))
         self.scale_shift = nn.Parameter(torch.zeros(scale_shape)) if estimator.learns_scale else None
-        self.zero_shift = nn.Parameter(torch.zeros(scale_shape)) if estimator.learns_zero_point else None
+        learns_zero_point = estimator.learns_zero_point and not spec.symmetric
+        self.zero_shift = nn.Parameter(torch.zeros(scale_shape)) if learns_zero_point else None
         self.now = Phase(bits=spec.bits)
         self.register_buffer("phase", torch.tensor([0, 1, 0, spec.bits], dtype=torch.int32))
 
@@ -104,8 +105,11 @@ class FakeQuantize(nn.Module):
     def _qparams_for_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.scale_mode == "dynamic" and not self.now.frozen:
             return self.from_tensor(x)
-        scale = self.scale if self.scale_shift is None else self.scale * (1 + whole(self.scale_shift))
-        zero_point = self.zero_point if self.zero_shift is None else self.zero_point + whole(self.zero_shift)
+        # Frozen shifts stay in the graph without effect: DDP waits for the gradient of every parameter it began with,
+        # and an optimizer's momentum goes on moving them.
+        moves = 0.0 if self.now.frozen else 1.0
+        scale = self.scale if self.scale_shift is None else self.scale * (1 + moves * whole(self.scale_shift))
+        zero_point = self.zero_point if self.zero_shift is None else self.zero_point + moves * whole(self.zero_shift)
         return scale, zero_point
 
     def from_tensor(self, x: Tensor) -> QParams:
@@ -143,9 +147,6 @@ class FakeQuantize(nn.Module):
             self._store(self.from_tensor(x))
         elif self.scale_shift is not None:
             self._store(self.qparams(torch.empty(0)))
-        for shift in (self.scale_shift, self.zero_shift):
-            if shift is not None:
-                shift.requires_grad_(False)
         self.set_phase(replace(self.now, frozen=True))
 
     def _store(self, qparams: QParams) -> None:

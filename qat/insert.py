@@ -51,6 +51,7 @@ class Coverage:
     layers: list[Layer] = field(default_factory=list)
     schemes: dict[str, QuantScheme] = field(default_factory=dict)
     kv: str | None = None
+    problems: list[str] = field(default_factory=list)
 
     @property
     def weights(self) -> int:
@@ -111,7 +112,7 @@ def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, max_uns
             or more than `max_unsupported` of the weights in layers without a grid that no rule keeps, all in one.
     """
     sites, coverage = survey(model, plan)
-    problems = plan.check_rules([layer.name.removesuffix(".weight") for layer in coverage.layers])
+    problems = coverage.problems + plan.check_rules([layer.name.removesuffix(".weight") for layer in coverage.layers])
     grids = {s.layer.name: coverage.schemes[s.layer.name] for s in sites if s.layer.scheme}
     shapes = {site.layer.name: site.layer.shape for site in sites}
     problems += indivisible({name: (shapes[name][-1], scheme.weight) for name, scheme in grids.items()})
@@ -207,7 +208,9 @@ def _decide(site: _Site, plan: QuantPlan, is_table: bool, owner: str, coverage: 
         if (scheme.weight if scheme else None) != (owner_scheme.weight if owner_scheme else None):
             fix = "Give both names the same scheme, or set plan.embedding alone."
             given = f"{scheme.name if scheme else 'keep'} and {owner_scheme.name if owner_scheme else 'keep'}"
-            raise UserError(problem(f"{layer.name} = {owner}", "a tied matrix has one scheme", given, fix))
+            coverage.problems.append(problem(f"{layer.name} = {owner}", "a tied matrix has one scheme", given, fix))
+        if scheme is not None and scheme.input is not None:
+            reason = f"{reason}; a tied head takes the scheme of its table, whose inputs stay float"
         scheme = owner_scheme
     if scheme is not None:
         layer.scheme, layer.reason, layer.bits = scheme.name, reason, float(scheme.weight.bits)

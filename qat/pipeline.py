@@ -47,7 +47,7 @@ def run(config: RunConfig, resolved: str) -> Path:
     Raises UserError for what the user can mend.
     """
     started = time.perf_counter()
-    threads = build.set_threads(config)
+    threads = build.use_machine(config)
     # a model or text that is refused leaves no folder behind, and an earlier run of that name untouched
     student, tokenizer, windows, coverage, floating = _prepare(config)
     with _claimed(RunFolder.create(config, resolved, threads)) as folder:

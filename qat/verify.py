@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qat import pipeline
+from qat import build, pipeline
 from qat.config import RunConfig
 from qat.convert import compare, digests, pack_model
 from qat.data import load_windows
@@ -69,6 +69,7 @@ def verify_run(config: RunConfig, run: Path) -> dict[str, Any]:
     The verdict is `equal` only if every code, scale and zero point is that of training and the packed perplexity is
     within 0.1 % of the fake-quantized one.
     """
+    build.use_machine(config)
     export = run / "export" / config.export.format
     check_checksums(export)
     served = read_export(export)

@@ -68,7 +68,7 @@ def step(module: Any, optimizer: Any, ids: torch.Tensor) -> tuple[float, float]:
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return time.perf_counter() - started, float(loss)
+    return time.perf_counter() - started, float(loss.detach())
 
 
 def tokens_of(args: argparse.Namespace) -> torch.Tensor:
@@ -143,6 +143,8 @@ def _has_torchao() -> bool:
 
 def main() -> None:
     """Parse, run, write, print."""
+    from qat.memory import keep_freed_memory
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
@@ -151,6 +153,7 @@ def main() -> None:
     parser.add_argument("--memory", choices=CONTENDERS, help="measure one contender's peak memory and stop")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     if args.memory:
         module, optimizer = contender(args.memory)
         ids = tokens_of(args)

@@ -12,6 +12,10 @@ import torch
 
 # Before anything imports the hub client: tests never reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread in each test process and what it starts: tiny tensors gain nothing from a second one, and two pytest
+# workers with two threads each on two cores take ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 VOCABULARY = 300
 CHAT_TEMPLATE = (

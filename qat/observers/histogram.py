@@ -1,10 +1,12 @@
 """Histogram of everything seen, then the clip range with the least squared error. For per-tensor grids.
 
-2048 equal bins over [-reach, reach]. When a value falls outside, `reach` doubles and neighbouring bins merge in pairs,
-so no count is ever moved across a bin edge and the order of the tensors does not matter.
+2048 equal bins over [-reach, reach], reach a power of two. When a value falls outside, `reach` doubles and neighbouring
+bins merge in pairs, so no count is ever moved across a bin edge and the order of the tensors does not matter.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ class HistogramObserver(Observer):
     def observe(self, x: Tensor) -> None:
         super().observe(x)
         needed = float(torch.maximum(-self.low, self.high).clamp(min=1e-30))
-        reach = float(self.reach) or needed
+        reach = float(self.reach) or 2.0 ** math.ceil(math.log2(needed))
         while reach < needed:
             merged = self.counts.view(-1, 2).sum(-1)
             self.counts.zero_()

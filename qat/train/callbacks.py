@@ -29,8 +29,9 @@ class MetricsCallback(L.Callback):
         self._health: dict[str, dict[str, Any]] = {}
         self._first_scale: dict[str, Tensor] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._started = time.perf_counter()
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not self._parts:  # the first batch of a step; what other callbacks did before is not part of it
+            self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._parts.append({key: outputs[key].detach() for key in ("loss", "ce", "kl")})
@@ -44,7 +45,7 @@ class MetricsCallback(L.Callback):
         self._write_train_line(pl_module, step, seconds)
         if self.layer_stats_every and (step % self.layer_stats_every == 0 or step == 1) and pl_module.schedule:
             self.metrics.write("layers", step, layers=self._layer_lines(pl_module))
-        self._parts, self._tokens, self._step, self._started = [], 0, step, time.perf_counter()
+        self._parts, self._tokens, self._step = [], 0, step
 
     def _write_train_line(self, module: CausalLMModule, step: int, seconds: float) -> None:
         phase = module.phase.name if module.phase else "float"

@@ -92,6 +92,8 @@ def apply_phase(model: nn.Module, state: PhaseState) -> None:
 def _take_range(fake_quant: FakeQuantize, weight: Tensor) -> None:
     """Give a grid that is stored its scale from the weight as it is now; other grids follow the weight anyway."""
     if fake_quant.observer is not None:
+        # the best range depends on the width
+        fake_quant.observer.spec = fake_quant.current_spec
         fake_quant.observer.count.zero_()
         fake_quant.observer.observe(weight)
         fake_quant.adopt_observed()

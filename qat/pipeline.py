@@ -31,6 +31,7 @@ from qat.errors import UserError, problem
 from qat.evaluate.perplexity import Score, recovery, score
 from qat.export import write_export
 from qat.insert import Coverage
+from qat.memory import return_freed_memory
 from qat.paths import write_json_atomic
 from qat.progress import is_main, say
 from qat.run_folder import RunFolder
@@ -73,6 +74,7 @@ def run(config: RunConfig, resolved: str) -> Path:
         export = folder.path / "export" / config.export.format
         write_export(packed, digests(packed), tokenizer, export, config, results)
         del packed, floating, teacher
+        return_freed_memory()
         folder.status("verifying", step=train.steps)
         parity = _fresh_process("verify", str(folder.path))
         answers = _answers(config, export)

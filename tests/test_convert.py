@@ -131,8 +131,8 @@ def test_packing_refuses_codes_that_forward_does_not_use(tiny_model_dir, monkeyp
         packed_of(model, coverage)
 
 
-def altered(packed, name, **parts):
-    return replace(packed, tensors=packed.tensors | {name: replace(packed.tensors[name], **parts)})
+def altered(model, name, **parts):
+    return replace(model, tensors=model.tensors | {name: replace(model.tensors[name], **parts)})
 
 
 def test_compare_finds_one_changed_code_and_names_its_tensor(tiny_model_dir):

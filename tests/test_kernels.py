@@ -12,7 +12,7 @@ from quant_models import IDS, logits, trained
 from tolerances import BFLOAT16_MATMUL, FLIPPED_INPUT_CODES, FLOAT32_SUM
 
 from qat import grid
-from qat.config import KvConfig, kv_spec, load_scheme
+from qat.config import KvConfig, kv_spec
 from qat.convert import pack_model
 from qat.errors import UserError
 from qat.fake_quant import FakeQuantize
@@ -92,13 +92,13 @@ def test_wna16_matmul_matches_float64_and_the_reference(backend, spec):
         codes = weight.codes().numpy().astype(np.float64)
         exact = (codes - expanded(weight.qparams.zero_point, k)) * expanded(weight.scale, k)
         for rows in ROWS:
-            for dtype, tolerance in ((torch.float32, FLOAT32_SUM * 10), (torch.bfloat16, BFLOAT16_MATMUL)):
+            for dtype, tolerance in ((torch.float32, FLOAT32_SUM), (torch.bfloat16, BFLOAT16_MATMUL)):
                 x = normal(rows, k, seed=1).to(dtype)
                 kernel = choose("wna16_matmul", weight, backend).kernel
                 y = kernel.run(kernel.prepare(weight, dtype), x)
                 assert y.dtype == dtype and y.shape == (rows, n) and torch.isfinite(y).all()
-                wanted = x.double().numpy() @ exact.T
-                assert np.abs(y.double().numpy() - wanted).max() <= tolerance * max(1, np.abs(wanted).max())
+                wanted, size = x.double().numpy() @ exact.T, np.abs(x.double().numpy()) @ np.abs(exact.T)
+                assert (np.abs(y.double().numpy() - wanted) <= tolerance * size).all()
                 assert torch.equal(y, reference.wna16_matmul(x, weight))
 
 
@@ -120,7 +120,9 @@ def test_wna8_matmul_matches_exact_integer_sums_and_the_reference(backend, spec,
             codes, qparams = reference.quantize_input(x, inputs, static)
             c = codes.numpy().astype(np.int64) - qparams.zero_point.view(-1, 1).numpy()
             groups = weight.scale.shape[-1]
-            sums = np.einsum("mgs,ngs->mng", c.reshape(rows, groups, -1), np.broadcast_to(w, (n, k)).reshape(n, groups, -1))
+            sums = np.einsum(
+                "mgs,ngs->mng", c.reshape(rows, groups, -1), np.broadcast_to(w, (n, k)).reshape(n, groups, -1)
+            )
             wanted = (sums * weight.scale.double().numpy()).sum(-1) * qparams.scale.double().view(-1, 1).numpy()
             assert np.abs(y[0].double().numpy() - wanted).max() <= FLOAT32_SUM * max(1, np.abs(wanted).max())
             assert torch.equal(y[0], reference.wna8_matmul(x, weight, inputs, static))
@@ -129,7 +131,7 @@ def test_wna8_matmul_matches_exact_integer_sums_and_the_reference(backend, spec,
 @cases("wna8_matmul")
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_wna8_matmul_sums_integers_exactly_when_every_product_is_the_largest(backend, is_autocast):
-    # 255 * 255 * 256 = 16646400 stays below 2^24; 1000 products of 127 * 128 stay below it as well
+    # 255 * 255 * 256 = 16646400 and 1000 products of 127 * 128 stay below 2^24, where float32 stops counting by one
     largest = QuantSpec(8, False, "channel")
     for spec, inputs, k in ((largest, INPUTS["static-asym"], 256), (WEIGHTS["int8-channel"], INPUTS["static"], 1000)):
         codes = torch.full((5, k), 127, dtype=torch.int8)
@@ -200,7 +202,9 @@ def test_packed_linear_equals_the_training_layer(spec, inputs, bias):
     layer = QuantLinear(linear, FakeQuantize(spec, spec.scale_shape((5, 96)), _estimator(), "dynamic"), input_fq)
     weight_fq = layer.weight_fake_quant
     packed = pack(weight_fq.codes(linear.weight), weight_fq.qparams(linear.weight), spec)
-    served = PackedLinear(packed, QuantScheme("s", spec, inputs), linear.bias, static_grid(x, inputs) if inputs else None)
+    served = PackedLinear(
+        packed, QuantScheme("s", spec, inputs), linear.bias, static_grid(x, inputs) if inputs else None
+    )
     assert torch.equal(served.weight, layer.fake_weight())
     torch.testing.assert_close(served(x), layer(x), rtol=FLOAT32_SUM, atol=FLOAT32_SUM * 10)
     if inputs is None:
@@ -250,7 +254,9 @@ def test_served_integer_model_is_as_near_as_float_sums_are(folder, scheme, tmp_p
     assert kernel_summary(served)["used"]["reference"] > 1
 
 
-@pytest.mark.parametrize("parts", [{"embedding": None}, {"embedding": "w4a16_g32"}, {"rules": {"*.q_proj": None}}], ids=str)
+@pytest.mark.parametrize(
+    "parts", [{"embedding": None}, {"embedding": "w4a16_g32"}, {"rules": {"*.q_proj": None}}], ids=str
+)
 def test_served_model_keeps_float_layers_and_ties(tiny_model_dir, tmp_path, parts):
     served, model = served_and_trained(tiny_model_dir, "w4a16_g32", tmp_path=tmp_path, **parts)
     assert torch.equal(logits(served), logits(model))
@@ -280,7 +286,7 @@ def test_export_without_a_float_tensor_is_refused(tiny_gpt2_dir, name):
     packed = pack_model(model, coverage, model.config.to_dict(), None)
     floats = {key: tensor for key, tensor in packed.floats.items() if key != name}
     assert len(floats) == len(packed.floats) - 1
-    with pytest.raises(UserError, match=f"export: must hold every tensor of the model, got {name}"):
+    with pytest.raises(UserError, match=f"export: must hold every tensor of the model, got none for {name}"):
         serve(replace(packed, floats=floats))
 
 
@@ -301,7 +307,3 @@ def test_served_model_generates_what_the_training_model_does(tiny_model_dir):
     served, model = served_and_trained(tiny_model_dir, "w4a16_g32", KvConfig(8))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(served.generate(IDS[:1], **options), model.generate(IDS[:1], **options))
-
-
-def test_scheme_files_cover_what_is_served():
-    assert load_scheme("w4a8_g32").input == load_scheme("w8a8").input == TOKEN

@@ -194,7 +194,9 @@ def test_mixtral_computes_each_expert_weight_once_and_trains_it(tiny_mixtral_dir
 def test_every_weight_of_a_model_gets_a_gradient(tiny_gpt2_dir, scheme):
     model, _ = trained(tiny_gpt2_dir, scheme)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
     assert without == []
     assert len(list(input_fake_quants(model))) == (8 if scheme == "w8a8_static" else 0)
 

@@ -6,8 +6,8 @@ HALF_STEP = 0.5 + 2.0**-16
 # Sums of a few hundred float32 terms taken in another order (about sqrt(K) roundings of 2^-24 each).
 FLOAT32_SUM = 2e-6
 
-# The same matmul in bfloat16 (8 significant bits) against float64; the sum itself is kept in float32.
-BFLOAT16_MATMUL = 2.0**-7
+# Share of the sum of magnitudes: weights rounded to bfloat16 (2^-9), the sum kept in float32, the result rounded.
+BFLOAT16_MATMUL = 2.0**-8
 
 # Float64 models: what is left after roundings of 2^-53, far from any step of a grid.
 FLOAT64_MODEL = 1e-6

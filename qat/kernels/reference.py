@@ -47,13 +47,14 @@ def wna8_matmul(x: Tensor, weight: PackedTensor, input_spec: QuantSpec, static: 
     groups = weight.scale.shape[-1]
     size = w_NK.shape[-1] // groups
     y_MN = torch.zeros(x_MK.shape[0], w_NK.shape[0])
-    for g in range(groups):
-        total = torch.zeros_like(y_MN)
-        for start in range(g * size, (g + 1) * size, EXACT_TERMS):
-            stop = min(start + EXACT_TERMS, (g + 1) * size)
-            total += x_MK[:, start:stop] @ w_NK[:, start:stop].t()
-        y_MN += total * weight.scale[..., g].reshape(1, -1)
-    return (y_MN * qparams.scale.view(-1, 1)).to(x.dtype).view(*x.shape[:-1], -1)
+    with torch.autocast(x.device.type, enabled=False):  # a bfloat16 result would round the sums
+        for g in range(groups):
+            total = torch.zeros_like(y_MN)
+            for start in range(g * size, (g + 1) * size, EXACT_TERMS):
+                stop = min(start + EXACT_TERMS, (g + 1) * size)
+                total += x_MK[:, start:stop] @ w_NK[:, start:stop].t()
+            y_MN += total * weight.scale[..., g].reshape(1, -1)
+    return (y_MN * qparams.scale.view(-1, 1)).to(x.dtype).view(*x.shape[:-1], y_MN.shape[-1])
 
 
 def packed_embedding(ids: Tensor, table: PackedTensor) -> Tensor:
@@ -64,4 +65,4 @@ def packed_embedding(ids: Tensor, table: PackedTensor) -> Tensor:
         scale = scale[flat]
         zero_point = None if zero_point is None else zero_point[flat]
     picked = PackedTensor(table.packed[flat], scale, zero_point, table.spec, (flat.numel(), table.shape[-1]))
-    return picked.dequantize(torch.float32).view(*ids.shape, -1)
+    return picked.dequantize(torch.float32).view(*ids.shape, table.shape[-1])

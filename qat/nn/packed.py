@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qat.estimators import compute_dtype
 from qat.grid import QParams
 from qat.kernels.dispatch import choose
 from qat.packing import PackedTensor
@@ -82,8 +83,8 @@ class DequantizedParameter(nn.Module):
         super().__init__()
         self.packed, self.transposed = weight, transposed
 
-    def forward(self, _placeholder: Tensor) -> Tensor:
-        weight = self.packed.dequantize(torch.float32)
+    def forward(self, placeholder: Tensor) -> Tensor:
+        weight = self.packed.dequantize(compute_dtype(placeholder))
         return weight.transpose(-1, -2) if self.transposed else weight
 
 

@@ -67,24 +67,34 @@ def _install(
     if isinstance(module, nn.Embedding):
         layer: nn.Module = PackedEmbedding(tensor, module.padding_idx, dtype)
     else:
-        bias = packed.floats.get(f"{module_name}.bias")
+        # a bias that the export lacks stays on meta and is refused with the other missing tensors
+        empty: Any = module.bias
+        bias = None if empty is None else packed.floats.get(f"{module_name}.bias", empty)
         static = packed.input_qparams.get(module_name)
         layer = PackedLinear(tensor, scheme, bias, static, backend, dtype)
     setattr(parent, module_name.rpartition(".")[2], layer)
 
 
 def _load_floats(model: nn.Module, packed: PackedModel) -> None:
-    """Put the float tensors in, and refuse if anything of the model has no value."""
-    model.load_state_dict(packed.floats, strict=False, assign=True)
+    """Put the float tensors in, and refuse if anything of the model has no value or any tensor no place."""
+    extra = model.load_state_dict(packed.floats, strict=False, assign=True).unexpected_keys
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     if model.config.tie_word_embeddings and type(head) is nn.Linear and type(table) is nn.Embedding:  # type: ignore[union-attr]
         head.weight = table.weight
     for module in model.modules():
         _rebuild_buffers(module, model.config)
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type == "meta"]
+    problems = []
     if empty:
         fix = "The export is incomplete: export the run again."
-        raise UserError(problem("export", "must hold every tensor of the model", ", ".join(empty[:10]), fix))
+        problems.append(
+            problem("export", "must hold every tensor of the model", f"none for {', '.join(empty[:10])}", fix)
+        )
+    if extra:
+        fix = "The export is of another model than its config.json: export the run again."
+        problems.append(problem("export", "must hold tensors of the model only", ", ".join(extra[:10]), fix))
+    if problems:
+        raise UserError(*problems)
 
 
 def _rebuild_buffers(module: nn.Module, config: Any) -> None:

@@ -28,10 +28,15 @@ class MetricsCallback(L.Callback):
         self._tokens, self._step, self._started, self._phase = 0, 0, time.perf_counter(), ""
         self._health: dict[str, dict[str, Any]] = {}
         self._first_scale: dict[str, Tensor] = {}
+        self._lr = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not self._parts:  # the first batch of a step; what other callbacks did before is not part of it
             self._started = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        # after the step, the schedule has already set the rate of the next one
+        self._lr = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._parts.append({key: outputs[key].detach() for key in ("loss", "ce", "kl")})
@@ -59,7 +64,6 @@ class MetricsCallback(L.Callback):
         rate = self._tokens / seconds
         self.advance(f"loss {loss:.4f}  {rate:.0f} tok/s  {phase}")
         if step % self.log_every == 0:
-            lr = module.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
             norm = float(module.grad_norm)
             self.metrics.write(
                 "train",
@@ -68,7 +72,7 @@ class MetricsCallback(L.Callback):
                 loss=loss,
                 kl=mean["kl"] if weights.kl else None,
                 ce=mean["ce"] if weights.ce else None,
-                lr=lr,
+                lr=self._lr,
                 grad_norm=norm,
                 tokens_per_second=rate,
                 memory_gib=peak_memory_gib(),

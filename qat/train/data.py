@@ -1,7 +1,8 @@
-"""Windows in an order that is a pure function of seed and epoch, split evenly among processes."""
+"""Windows in an order that is a pure function of the seed, dealt out to the processes in turn."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -12,29 +13,23 @@ from qat.data import window_order
 
 
 class WindowSampler(Sampler[int]):
-    """Indices of this process for one epoch; Lightning calls `set_epoch`."""
+    """Indices for one process, without end: one permutation of all windows after another.
+
+    Endless, because at the end of a Lightning epoch an optimizer step is taken whatever was accumulated until then.
+    """
 
     def __init__(self, count: int, seed: int, rank: int = 0, world: int = 1):
-        self.count, self.seed, self.rank, self.world, self.epoch = count, seed, rank, world, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation."""
-        self.epoch = epoch
+        self.count, self.seed, self.rank, self.world = count, seed, rank, world
 
     def __iter__(self) -> Iterator[int]:
-        order = window_order(self.count, self.seed, self.epoch)
-        usable = len(self) * self.world
-        return iter(order[:usable][self.rank :: self.world].tolist())
-
-    def __len__(self) -> int:
-        return self.count // self.world
+        epochs = (window_order(self.count, self.seed, epoch).tolist() for epoch in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(epochs), self.rank, None, self.world)
 
 
 def train_loader(windows: Tensor, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> DataLoader[Tensor]:
-    """Batches [batch_size, block] of windows [n, block]; the last incomplete batch of an epoch is dropped."""
+    """Batches [batch_size, block] of windows [n, block], without end."""
     sampler = WindowSampler(windows.shape[0], seed, rank, world)
-    batch_size = min(batch_size, max(1, len(sampler)))
-    return DataLoader(_Rows(windows), batch_size=batch_size, sampler=sampler, drop_last=True)
+    return DataLoader(_Rows(windows), batch_size=batch_size, sampler=sampler)
 
 
 class _Rows(torch.utils.data.Dataset[Tensor]):

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MATERIALS := $(VENV)/.materials
 
-.PHONY: quickstart test lint check setup bench clean
+.PHONY: quickstart test lint setup bench clean
 
 quickstart: $(MATERIALS)
 	$(BIN)/qat train recipe=smollm2_quickstart overwrite=true

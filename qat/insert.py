@@ -181,6 +181,8 @@ def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[_S
         layer = Layer(f"{module_name}.weight", kind, shape, weight.numel())
         yield _Site(layer, parent, attribute, module, weight, kind == "conv1d")
         return
+    if type(module).__module__.startswith("torch.nn."):
+        return  # convolutions and the like: a 3-D kernel is no stack of experts
     transposed = bool(getattr(module, "is_transposed", False))
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dim() == 3:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def run(config: RunConfig, resolved: str) -> Path:
         control = _train_control(config, folder, floating, teacher, windows) if has_control else None
         if not is_main():
             return folder.path
-        student = train.model
+        # one reference to the trained model, so that `del` below really frees it
+        student, train = train.model, replace(train, model=None)
         folder.status("evaluating", step=train.steps)
         final = folder.path / "checkpoints/final/model.safetensors"
         checkpoint.save_state(student, final)
@@ -262,11 +263,14 @@ def _finish(
     write_card(folder.path / "export" / config.export.format, config, results)
     write_report(folder.path)
     if parity["verdict"] != "equal":
-        wrong = [t["name"] for t in parity["tensors"] if t["mismatched_codes"] or not t["scales_equal"]]
+        exact = ("scales_equal", "zero_points_equal", "digest_equal")
+        wrong = [t["name"] for t in parity["tensors"] if t["mismatched_codes"] or not all(t[key] for key in exact)]
         fix = "Do not ship this export; report the scheme."
-        raise UserError(
-            problem("parity", "served codes must be trained codes", ", ".join(wrong[:10]), fix), before_work=False
-        )
+        wanted, given = "served codes must be trained codes", f"others in {', '.join(wrong[:10])}"
+        if not wrong:
+            fake = parity["perplexity"]["fake_quant"]
+            wanted, given = "packed perplexity must be within 0.1 % of the trained one", f"{packed:.4f} for {fake:.4f}"
+        raise UserError(problem("parity", wanted, given, fix), before_work=False)
 
 
 def _rows(results: dict) -> list[dict[str, Any]]:

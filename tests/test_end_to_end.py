@@ -1,4 +1,4 @@
-"""Whole runs, from a float model to a verified export: every preset scheme, and every choice that changes what is stored.
+"""Whole runs, from a float model to a verified export: every preset scheme, every choice that changes what is stored.
 
 A run verifies its export in a fresh process. Two runs here do exactly that; in the others the same commands run in
 this process, which saves six seconds each.

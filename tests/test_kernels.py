@@ -152,6 +152,18 @@ def test_wna8_matmul_sums_integers_exactly_when_every_product_is_the_largest(bac
 
 
 @cases("wna8_matmul")
+def test_wna8_matmul_stays_exact_when_the_sum_outgrows_float32_counting(backend):
+    # beyond 2^24 a running float32 sum drops odd parts; pieces of 256 products are multiples of 256 and lose nothing
+    k = 6000
+    zero = torch.zeros(5, 1, dtype=torch.int32)
+    weight = pack(torch.full((5, k), 127, dtype=torch.int8), QParams(torch.ones(5, 1), zero), WEIGHTS["int8-channel"])
+    static = QParams(torch.ones(1), zero[0])
+    kernel = choose("wna8_matmul", weight, backend).kernel
+    y = kernel.run(kernel.prepare(weight, torch.float32), torch.full((3, k), 127.0), INPUTS["static"], static)
+    assert torch.equal(y.long(), torch.full((3, 5), k * 127 * 127))
+
+
+@cases("wna8_matmul")
 def test_wna8_matmul_takes_bfloat16_inputs(backend):
     weight, x = packed_weight(WEIGHTS["int8-channel"], (5, 96)), normal(3, 96, seed=1).bfloat16()
     kernel = choose("wna8_matmul", weight, backend).kernel

@@ -48,7 +48,7 @@ class FitOptions:
 class FitResult:
     """The trained model, whole and on the CPU, and what was measured: steps, tokens of all processes, step seconds."""
 
-    model: nn.Module
+    model: Any
     steps: int
     tokens: int
     step_seconds: list[float]

@@ -83,15 +83,19 @@ def digest(*tensors: Tensor | None) -> str:
     sha = hashlib.sha256()
     for tensor in tensors:
         if tensor is not None:
-            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            sha.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
 def digests(packed: PackedModel) -> dict[str, dict[str, str]]:
-    """Per tensor the sha256 of its int8 codes and of its scale and zero point."""
+    """sha256 of everything served: codes and qparams of a packed tensor, qparams of `MODULE.input`, float values."""
     out = {}
     for name, tensor in packed.tensors.items():
         out[name] = {"codes": digest(tensor.codes()), "qparams": digest(tensor.scale, tensor.zero_point)}
+    for name, qparams in packed.input_qparams.items():
+        out[f"{name}.input"] = {"qparams": digest(*qparams)}
+    for name, values in packed.floats.items():
+        out[name] = {"values": digest(values)}
     return out
 
 

@@ -265,6 +265,7 @@ def _finish(
     if parity["verdict"] != "equal":
         exact = ("scales_equal", "zero_points_equal", "digest_equal")
         wrong = [t["name"] for t in parity["tensors"] if t["mismatched_codes"] or not all(t[key] for key in exact)]
+        wrong += parity["different_floats"]
         fix = "Do not ship this export; report the scheme."
         wanted, given = "served codes must be trained codes", f"others in {', '.join(wrong[:10])}"
         if not wrong:

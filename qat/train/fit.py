@@ -90,7 +90,11 @@ def fit(
         trainer = _trainer(options, callbacks)
         loader = train_loader(windows, options.batch_size, options.seed, trainer.global_rank, trainer.world_size)
         template = copy.deepcopy(student) if options.strategy == "fsdp2" else None
-        trainer.fit(module, loader)
+        try:
+            trainer.fit(module, loader)
+        except SystemExit as ended:  # how Lightning passes on a Ctrl-C
+            cause = ended.__context__
+            raise (cause if isinstance(cause, KeyboardInterrupt) else ended) from None
     trained = student if template is None else _whole(student, template)
     trained.cpu().eval()
     return FitResult(trained, trainer.global_step, watcher.tokens, watcher.step_seconds)

@@ -113,7 +113,7 @@ class CausalLMModule(L.LightningModule):
         if not torch.isfinite(loss):
             fix = "Lower optim.lr, or delay fake quantization with phases=delayed; checkpoints so far are kept."
             where = f"step {self.global_step}"
-            raise UserError(problem(where, "the loss must be finite", float(loss), fix), before_work=False)
+            raise UserError(problem(where, "the loss must be finite", float(loss.detach()), fix), before_work=False)
         return {"loss": loss, "ce": ce, "kl": kl}
 
     def losses(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

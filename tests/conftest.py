@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,36 @@ def tiny_jsonl(tmp_path_factory) -> Path:
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def model_copy(tiny_model_dir, tmp_path) -> Path:
+    """The Llama, to be spoiled."""
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_model_dir, tiny_text) -> Path:
+    """The folder of a finished run of the Llama at w4a16_g32. Tests that write into it take a copy."""
+    from tiny_runs import same_process, tiny_run
+
+    from qat import pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_fresh_process", same_process)
+        return tiny_run(tmp_path_factory.mktemp("finished"), tiny_model_dir, tiny_text, "scheme=w4a16_g32")
+
+
+@pytest.fixture
+def qat(capsys):
+    """`qat(words...)` -> (exit code, stdout, stderr) of the command, in this process."""
+    from qat.cli.main import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as error:  # argparse
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return call

@@ -29,6 +29,7 @@ TESTS = sorted((ROOT / "tests").glob("*.py"))
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
+    "memory": set(),
     "paths": {"errors"},
     "scheme": {"errors"},
     "config": {"errors", "scheme"},
@@ -53,25 +54,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "run_folder": {"errors", "progress", "paths", "config"},
     "export": {"paths", "config", "report", "formats"},
-    "build": {"config", "checks", "metrics", "nn", "insert", "models", "train"},
+    "build": {"memory", "config", "checks", "metrics", "nn", "insert", "models", "train"},
     "pipeline": {
-        *("errors", "progress", "paths", "config", "metrics", "report", "insert", "convert", "data", "evaluate"),
+        *("errors", "progress", "memory", "paths", "config", "metrics", "report", "insert", "convert", "data"),
+        "evaluate",
         *("train", "checkpoint", "run_folder", "export", "build"),
     },
     "verify": {
-        *(
-            "errors",
-            "paths",
-            "config",
-            "formats",
-            "convert",
-            "models",
-            "data",
-            "evaluate",
-            "serve",
-            "export",
-            "pipeline",
-        ),
+        *("errors", "paths", "config", "formats", "convert", "models", "data", "evaluate", "serve", "export"),
+        *("build", "pipeline"),
     },
     "cli": {
         *(

@@ -31,3 +31,13 @@ def tiny_run(folder: Path, model: Path, text: Path, *overrides: str) -> Path:
 def read(run: Path, name: str) -> dict:
     """A JSON file of a run folder."""
     return json.loads((run / name).read_text())
+
+
+def lines_of(error: str) -> list[str]:
+    """The problems that a command names on stderr."""
+    return [line for line in error.splitlines() if line.startswith("error: ")]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, to see that nothing was touched."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

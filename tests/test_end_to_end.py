@@ -15,6 +15,7 @@ from conftest import VOCABULARY, save_model
 from quant_models import IDS, SCHEMES
 from quant_models import logits as logits_of
 from tiny_runs import read, same_process, tiny_run
+from tolerances import PERPLEXITY
 
 from qat import pipeline
 from qat.errors import UserError
@@ -23,7 +24,6 @@ from qat.serve.load import read_export, serve
 
 # Every width of the layers below divides by 128.
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
-DIFFERENCE = 1e-3  # of perplexity; the limit of the verdict
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def check(run) -> dict:
     fake, packed = results["perplexity"]["fake_quant"], results["perplexity"]["packed"]
     assert packed == parity["perplexity"]["packed"]
     assert fake == pytest.approx(parity["perplexity"]["fake_quant"], rel=1e-9), "what was saved is what was trained"
-    assert abs(packed / fake - 1) <= DIFFERENCE
+    assert abs(packed / fake - 1) <= PERPLEXITY
     assert (run / "report.html").stat().st_size > 1000
     return results
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import BFLOAT16_LOSS, FLOAT32_LOSS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat.train.losses import LossWeights, Teacher, distillation_loss
 
 # Letters: M scored tokens, H hidden size, V vocabulary.
 M, H, V = 13, 8, 37
-# The same float32 sums in another order, over at most V = 37 terms.
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
-# bfloat16 holds 8 bits: logits of a few units are off by up to 2^-7 each.
-BFLOAT16 = {"rtol": 3e-2, "atol": 3e-3}
+FLOAT32, BFLOAT16 = FLOAT32_LOSS, BFLOAT16_LOSS
 
 
 def inputs(seed: int = 0, bias: bool = True):

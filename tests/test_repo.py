@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "paths", "config"},
     "data": {"errors", "paths", "config"},
     "evaluate": {"progress", "models"},
-    "serve": {"errors", "config", "nn", "formats", "models"},
+    "serve": {"errors", "config", "progress", "packing", "kernels", "nn", "formats", "models"},
     "train": {"errors", "progress", "metrics", "fake_quant", "nn", "models", "data"},
     "checkpoint": {"errors"},
     "run_folder": {"errors", "progress", "paths", "config"},
@@ -92,7 +92,7 @@ ONLY_IN = {
     "wandb": {"qat/metrics.py"},
     "datasets": {"qat/data.py"},
     "matplotlib": {"qat/report"},
-    "transformers": {"qat/models.py", "qat/data.py", "qat/nn/kv.py", "qat/export.py"},
+    "transformers": {"qat/models.py", "qat/data.py", "qat/nn/kv.py", "qat/export.py", "scripts"},
     "gguf": {"qat/models.py"},
     "pickle": set(),
 }

@@ -15,3 +15,22 @@ FLOAT64_MODEL = 1e-6
 # Integer against float arithmetic of int8 inputs, share of the largest logit: sums differ by FLOAT32_SUM in a layer,
 # which now and then moves an input of the next layer to the neighbouring code, one part in 127 of one value.
 FLIPPED_INPUT_CODES = 5e-3
+
+# C++ integer kernels: int32 sums are exact; scaling them takes one fused multiply-add per group where the reference
+# rounds twice. Relative to the sum of magnitudes.
+CPU_INTEGER_INPUTS = 2e-6 + 1 / 127  # an input on a rounding tie may take the neighbouring code
+# float inputs as two int8 planes: the rest after both is at most 1 / (2 * 127 * 254) of the row's largest input
+CPU_FLOAT_INPUTS = 2**-15
+
+# Engine against transformers in float32 on the same packed weights: a bfloat16 cache rounds keys and values (2^-9),
+# int8 inputs on a tie may take the neighbouring code, and sums run in another order. Relative to the largest logit.
+ENGINE_LOGITS = 0.03
+
+# The chunked loss against the textbook one in float32: the same sums of a few dozen terms in another order.
+FLOAT32_LOSS = {"rtol": 1e-5, "atol": 1e-6}
+
+# The same under autocast: bfloat16 holds 8 bits, so logits of a few units are off by up to 2^-7 each.
+BFLOAT16_LOSS = {"rtol": 3e-2, "atol": 3e-3}
+
+# Share by which a packed perplexity may leave the trained one: the limit of the run's own verdict.
+PERPLEXITY = 1e-3

@@ -67,12 +67,13 @@ def hardware() -> list[tuple[str, str]]:
 
 def kernels() -> list[tuple[str, str]]:
     """C++ compiler, and the backends of every serving op."""
+    from qat.kernels import cpu
     from qat.kernels.dispatch import KERNELS, PREFERENCE
 
     compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
-    facts = [("c++ compiler", compiler or "none")]
+    facts = [("c++ compiler", compiler or "none"), ("cpu kernels", cpu.unavailable() or "loaded")]
     for op in sorted({op for op, _ in KERNELS}):
-        facts.append((op, ", ".join(name for name in PREFERENCE if (op, name) in KERNELS)))
+        facts.append((op, ", ".join(name for name in PREFERENCE["auto"] if (op, name) in KERNELS)))
     return facts
 
 

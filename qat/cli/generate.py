@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
-    parser.add_argument("--backend", default="auto", help="kernel: auto, dense or reference")
+    parser.add_argument("--backend", default="auto", help="auto (decode engine if it can), or cpu, dense, reference")
     parser.add_argument("--json", action="store_true", help="print a JSON list of {prompt, answer}")
 
 
@@ -30,13 +30,9 @@ def run(args: argparse.Namespace) -> int:
         wanted = "max-new-tokens must be at least 1 and temperature at least 0"
         raise UserError(problem("qat generate", wanted, given, "Leave them out for the defaults."))
 
-    import torch
+    from qat.serve.generate import reply
 
-    from qat.serve.generate import answer, load_for_generation
-
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_for_generation(args.folder, args.backend)
-    answers = answer(model, tokenizer, args.prompts, args.max_new_tokens, args.temperature)
+    answers = reply(args.folder, args.prompts, args.max_new_tokens, args.temperature, args.seed, args.backend)
     pairs = [{"prompt": p, "answer": a} for p, a in zip(args.prompts, answers, strict=True)]
     if args.json:
         print(json.dumps(pairs))

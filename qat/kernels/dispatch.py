@@ -16,17 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.errors import UserError, nearest, problem
-from qat.kernels import reference
+from qat.kernels import cpu, reference
 from qat.packing import PackedTensor
+from qat.scheme import QuantSpec
 
-PREFERENCE = ("dense", "reference")
+# `auto` is for speed; `as_trained` is the arithmetic of the fake-quantized forward, for comparing logits with it
+PREFERENCE = {"auto": ("cpu", "dense", "reference"), "as_trained": ("dense", "reference")}
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of one op; `run(state, x, *rest)` with the arguments of the reference after the weight."""
 
-    refuses: Callable[[PackedTensor], str | None]
+    refuses: Callable[[PackedTensor, QuantSpec | None], str | None]
     prepare: Callable[[PackedTensor, torch.dtype], Any]
     run: Callable[..., Tensor]
 
@@ -40,8 +42,24 @@ class Choice:
     refused: dict[str, str]
 
 
-def _never(weight: PackedTensor) -> str | None:
+def _never(weight: PackedTensor, input_spec: QuantSpec | None) -> str | None:
     return None
+
+
+def _cpu_refuses(weight: PackedTensor, input_spec: QuantSpec | None) -> str | None:
+    return cpu.refuses(weight) or (cpu.refuses_input(input_spec) if input_spec else None)
+
+
+def _cpu_prepare(weight: PackedTensor, dtype: torch.dtype) -> cpu.CpuWeight:
+    return cpu.prepack([weight])
+
+
+def _cpu_wna16(state: cpu.CpuWeight, x: Tensor) -> Tensor:
+    return cpu.packed_matmul(x, state, planes=2)
+
+
+def _cpu_wna8(state: cpu.CpuWeight, x: Tensor, input_spec: Any, static: Any) -> Tensor:
+    return cpu.packed_matmul(x, state, planes=1)
 
 
 def _keep(weight: PackedTensor, dtype: torch.dtype) -> PackedTensor:
@@ -70,6 +88,8 @@ def _reference_wna8(state: PackedTensor, x: Tensor, input_spec: Any, static: Any
 
 
 KERNELS: dict[tuple[str, str], Kernel] = {
+    ("wna16_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_wna16),
+    ("wna8_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_wna8),
     ("wna16_matmul", "dense"): Kernel(_never, _dense, _dense_matmul),
     ("wna16_matmul", "reference"): Kernel(_never, _keep, _reference_wna16),
     ("wna8_matmul", "reference"): Kernel(_never, _keep, _reference_wna8),
@@ -77,16 +97,16 @@ KERNELS: dict[tuple[str, str], Kernel] = {
 }
 
 
-def choose(op: str, weight: PackedTensor, backend: str = "auto") -> Choice:
+def choose(op: str, weight: PackedTensor, backend: str = "auto", input_spec: QuantSpec | None = None) -> Choice:
     """The first backend that takes `weight`, or the named one.
 
     Raises UserError when the named backend does not exist for `op` or refuses the weight.
     """
     refused: dict[str, str] = {}
-    candidates = PREFERENCE if backend == "auto" else (backend,)
+    candidates = PREFERENCE.get(backend, (backend,))
     for name in candidates:
         kernel = KERNELS.get((op, name))
-        reason = f"no {name} kernel for {op}" if kernel is None else kernel.refuses(weight)
+        reason = f"no {name} kernel for {op}" if kernel is None else kernel.refuses(weight, input_spec)
         if kernel is not None and reason is None:
             return Choice(name, kernel, refused)
         refused[name] = str(reason)

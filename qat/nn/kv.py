@@ -1,6 +1,6 @@
 """Keys and values on an integer grid: per token and head, dynamic, straight-through, before attention reads them.
 
-Installed as a transformers attention implementation of its own name (`qat_kv8_sym`, ...), so it works for every model
+Installed as a transformers attention implementation of its own name (`qat_kv8_sym_sdpa`, ...), so it works for every model
 that goes through transformers' attention table, in training, evaluation and serving alike. A token's keys depend on
 that token alone, so quantizing the whole cache at each step equals quantizing each entry when it is appended.
 The bytes are saved by the decode engine's cache, not here: this is the arithmetic.
@@ -45,7 +45,8 @@ def install_kv(model: nn.Module, spec: QuantSpec | None) -> None:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         return inner(module, query, fake_quantize_kv(key, spec), fake_quantize_kv(value, spec), *args, **kwargs)
 
-    name = f"qat_kv{spec.bits}_{'sym' if spec.symmetric else 'asym'}"
+    assert not base.startswith("qat_kv"), "a KV grid is installed once"
+    name = f"qat_kv{spec.bits}_{'sym' if spec.symmetric else 'asym'}_{base}"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     model_any.set_attn_implementation(name)

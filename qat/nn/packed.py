@@ -32,13 +32,13 @@ class PackedLinear(nn.Module):
         scheme: QuantScheme,
         bias: Tensor | None,
         static: QParams | None = None,
-        backend: str = "auto",
+        backend: str = "as_trained",
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.packed, self.scheme, self.static = weight, scheme, static
         op = "wna16_matmul" if scheme.input is None else "wna8_matmul"
-        self.choice = choose(op, weight, backend)
+        self.choice = choose(op, weight, backend, scheme.input)
         self.state = self.choice.kernel.prepare(weight, dtype)
         self.bias: Tensor | None
         self.register_buffer("bias", bias)

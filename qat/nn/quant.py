@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from qat import grid
 from qat.estimators import compute_dtype
 from qat.fake_quant import FakeQuantize, whole
+from qat.kernels.reference import integer_matmul
 
 
 class QuantLinear(nn.Linear):
@@ -62,18 +63,18 @@ class QuantConv1D(nn.Module):
 def _fake_linear(layer: QuantLinear | QuantConv1D, x: Tensor, weight_NK: Tensor) -> Tensor:
     """fq(x) fq(W)^T + b for x [..., K]: [..., N].
 
-    In evaluation a layer with quantized inputs multiplies in float32, as close to the integers it is served with as
-    float gets: under bf16 autocast each product of an 8-bit code and its scale would be rounded to 8 bits first.
+    Evaluated without gradients, a layer with quantized inputs multiplies the integers that it will be served with.
     """
     weight_fq, input_fq = layer.weight_fake_quant, layer.input_fake_quant
     if input_fq is None:
         return F.linear(x, weight_fq(weight_NK), layer.bias)
-    if layer.training:
+    if layer.training or torch.is_grad_enabled() or not (input_fq.now.quantizing and weight_fq.now.quantizing):
         return F.linear(input_fq(x), weight_fq(weight_NK), layer.bias)
-    dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        y = F.linear(input_fq(x.float()), weight_fq(weight_NK.float()), layer.bias)
-    return y.to(dtype)
+    flat, spec = x.reshape(-1, x.shape[-1]), weight_fq.current_spec
+    codes = weight_fq.codes(weight_NK), weight_fq.qparams(weight_NK)
+    y = integer_matmul(input_fq.codes(flat), input_fq.qparams(flat), *codes, spec).to(x.dtype).to(compute_dtype(x))
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 class QuantEmbedding(nn.Embedding):

@@ -1,4 +1,4 @@
-"""Text from a packed model, through transformers' own `generate`."""
+"""Text from a packed model: through the decode engine when it can run the model, else transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,41 @@ import torch
 
 from qat.config import ModelConfig
 from qat.models import load_tokenizer
+from qat.progress import say
+from qat.serve import engine
 from qat.serve.load import read_export, serve
 
 
 def load_for_generation(folder: Path, backend: str = "auto") -> tuple[Any, Any]:
     """Packed model (bf16 matmuls) and tokenizer of an export folder."""
     return serve(read_export(folder), torch.bfloat16, backend), load_tokenizer(ModelConfig(path=str(folder)))
+
+
+def reply(
+    folder: Path,
+    prompts: list[str],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    backend: str = "auto",
+) -> list[str]:
+    """One continuation per prompt of an export folder.
+
+    Args:
+        temperature: 0 is greedy.
+        backend: auto (the engine if it can), or a kernel of `kernels.dispatch` under transformers' `generate`.
+    """
+    packed = read_export(folder)
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
+    reason = engine.refuses(packed) if backend == "auto" else "another backend was asked for"
+    if reason is not None:
+        say(f"decode engine: not used ({reason}); transformers generates on packed layers")
+        torch.manual_seed(seed)
+        return answer(serve(packed, torch.bfloat16, backend), tokenizer, prompts, max_new_tokens, temperature)
+    ids = [tokenizer(_as_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
+    runner = engine.Engine(packed, max(map(len, ids)) + max_new_tokens, len(prompts))
+    new = engine.generate(runner, ids, max_new_tokens, {tokenizer.eos_token_id}, temperature, seed)
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 @torch.no_grad()

@@ -28,12 +28,12 @@ def read_export(folder: Path) -> PackedModel:
     return FORMATS["compressed_tensors"].read(folder)
 
 
-def serve(packed: PackedModel, dtype: torch.dtype = torch.float32, backend: str = "auto") -> Any:
+def serve(packed: PackedModel, dtype: torch.dtype = torch.float32, backend: str = "as_trained") -> Any:
     """A Hugging Face causal LM whose quantized layers are Packed*; float tensors keep their dtype.
 
     Args:
         dtype: what dense kernels keep their weights in.
-        backend: a name of `kernels.dispatch`, or auto.
+        backend: a name of `kernels.dispatch`, `auto` for speed, or `as_trained` for the arithmetic of training.
     """
     model = meta_from_dict(packed.config)
     for name, tensor in packed.tensors.items():

@@ -1,0 +1,9 @@
+// The kernels for one instruction set; the flags are in CMakeLists.txt.
+#include "matmul_impl.h"
+
+namespace qat {
+const Kernels* avx2_kernels() {
+  static const Kernels table{"avx2", matmul, quantize, attend, norm, gate};
+  return &table;
+}
+}  // namespace qat

@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -166,7 +165,9 @@ def main() -> None:
         ids = tokens_of(args)
         for _ in range(3):
             step(module, optimizer, ids)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        # not ru_maxrss, which a child inherits from the process that started it
+        status = Path("/proc/self/status").read_text()
+        print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
         return
     result = run(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Keys and values on an integer grid: per token and head, dynamic, straight-through, before attention reads them.
 
-Installed as a transformers attention implementation of its own name (`qat_kv8_sym_sdpa`, ...), so it works for every model
-that goes through transformers' attention table, in training, evaluation and serving alike. A token's keys depend on
-that token alone, so quantizing the whole cache at each step equals quantizing each entry when it is appended.
+Installed as a transformers attention implementation of its own name (`qat_kv8_sym_sdpa`, ...), so it works for every
+model that goes through transformers' attention table, in training, evaluation and serving alike. A token's keys depend
+on that token alone, so quantizing the whole cache at each step equals quantizing each entry when it is appended.
 The bytes are saved by the decode engine's cache, not here: this is the arithmetic.
 """
 

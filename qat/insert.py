@@ -129,6 +129,7 @@ def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, max_uns
     for site in sites:
         if site.layer.scheme:
             _swap(site, grids[site.layer.name], options, owners)
+    model.train(model.training)  # new layers are born in training mode whatever the model is in
     return coverage
 
 

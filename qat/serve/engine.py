@@ -91,7 +91,7 @@ class Engine:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         layers = config["num_hidden_layers"]
         self.positions, self.slots = min(positions, config["max_position_embeddings"]), slots
-        self.table = model.tensors["model.embed_tokens.weight"]
+        self.table, self.vocabulary = model.tensors["model.embed_tokens.weight"], config["vocab_size"]
         floats, weights = self._parts(model, layers, head_dim)
         self._planes = [_planes(model, "model.layers.0.mlp.up_proj.weight"), _planes(model, _head_name(model))]
         facts = [config["hidden_size"], heads, kv_heads, head_dim, config["intermediate_size"], self.positions, slots]
@@ -135,6 +135,10 @@ class Engine:
         """
         x_MH = packed_embedding(ids, self.table).contiguous()
         return torch.ops.qat.engine_forward(x_MH, slot.contiguous(), position.contiguous(), scored, self._handle)
+
+    def best(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor) -> Tensor:
+        """As `forward`, but the most likely token [S] int64 of each scored row."""
+        return self.forward(ids, slot, position, scored).argmax(-1)
 
 
 def _planes(model: PackedModel, name: str) -> int:

@@ -48,7 +48,7 @@ def test_doctor_states_versions_hardware_kernels_and_places(qat, tmp_path):
     assert code == (1 if "problem:" in out else 0)
     assert facts["torch"] == torch.__version__
     assert {"python", "qat", "cpu cores", "cpu features", "gpu", "c++ compiler", "runs", "hub"} <= set(facts)
-    assert "reference" in facts["wna16_matmul"]
+    assert "reference" in facts["w4a16_matmul"]
     assert facts["hub"].startswith("offline")
     assert not (tmp_path / "new").exists()
 

@@ -83,7 +83,7 @@ def test_every_op_has_a_reference_kernel():
     assert all((op, "reference") in KERNELS for op, _ in KERNELS)
 
 
-@cases("wna16_matmul")
+@cases("w4a16_matmul")
 @pytest.mark.parametrize("spec", WEIGHTS.values(), ids=WEIGHTS)
 def test_wna16_matmul_matches_float64_and_the_reference(backend, spec):
     for n, k in SIZES:
@@ -95,7 +95,7 @@ def test_wna16_matmul_matches_float64_and_the_reference(backend, spec):
         for rows in ROWS:
             for dtype, tolerance in ((torch.float32, FLOAT32_SUM), (torch.bfloat16, BFLOAT16_MATMUL)):
                 x = normal(rows, k, seed=1).to(dtype)
-                kernel = choose("wna16_matmul", weight, backend).kernel
+                kernel = choose("w4a16_matmul", weight, backend).kernel
                 y = kernel.run(kernel.prepare(weight, dtype), x)
                 assert y.dtype == dtype and y.shape == (rows, n) and torch.isfinite(y).all()
                 wanted, size = x.double().numpy() @ exact.T, np.abs(x.double().numpy()) @ np.abs(exact.T)
@@ -103,7 +103,7 @@ def test_wna16_matmul_matches_float64_and_the_reference(backend, spec):
                 assert torch.equal(y, reference.wna16_matmul(x, weight))
 
 
-@cases("wna8_matmul")
+@cases("w4a8_matmul")
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("spec", WEIGHTS.values(), ids=WEIGHTS)
 def test_wna8_matmul_matches_exact_integer_sums_and_the_reference(backend, spec, inputs):
@@ -115,7 +115,7 @@ def test_wna8_matmul_matches_exact_integer_sums_and_the_reference(backend, spec,
         for rows in ROWS:
             x = normal(rows, k, seed=1)
             static = static_grid(x, inputs)
-            kernel = choose("wna8_matmul", weight, backend).kernel
+            kernel = choose("w4a8_matmul", weight, backend).kernel
             y = kernel.run(kernel.prepare(weight, torch.float32), x.view(1, rows, k), inputs, static)
             assert y.shape == (1, rows, n) and y.dtype == torch.float32 and torch.isfinite(y).all()
             codes, qparams = reference.quantize_input(x, inputs, static)
@@ -129,7 +129,7 @@ def test_wna8_matmul_matches_exact_integer_sums_and_the_reference(backend, spec,
             assert torch.equal(y[0], reference.wna8_matmul(x, weight, inputs, static))
 
 
-@cases("wna8_matmul")
+@cases("w4a8_matmul")
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_wna8_matmul_sums_integers_exactly_when_every_product_is_the_largest(backend, is_autocast):
     # 255 * 255 * 256 = 16646400 and 1000 products of 127 * 128 stay below 2^24, where float32 stops counting by one
@@ -146,28 +146,28 @@ def test_wna8_matmul_sums_integers_exactly_when_every_product_is_the_largest(bac
         c = np.clip(np.rint(x.numpy()) + zero_point, -128, 127).astype(np.int64) - zero_point
         wanted = c @ (codes.numpy().astype(np.int64) - zero.numpy()).T
         assert np.abs(wanted).max() > 2**23 and np.abs(wanted).max() < 2**24
-        kernel = choose("wna8_matmul", weight, backend).kernel
+        kernel = choose("w4a8_matmul", weight, backend).kernel
         with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
             y = kernel.run(kernel.prepare(weight, torch.float32), x, inputs, static)
         assert torch.equal(y.long(), torch.from_numpy(wanted))
 
 
-@cases("wna8_matmul")
+@cases("w4a8_matmul")
 def test_wna8_matmul_stays_exact_when_the_sum_outgrows_float32_counting(backend):
     # beyond 2^24 a running float32 sum drops odd parts; pieces of 256 products are multiples of 256 and lose nothing
     k = 6000
     zero = torch.zeros(5, 1, dtype=torch.int32)
     weight = pack(torch.full((5, k), 127, dtype=torch.int8), QParams(torch.ones(5, 1), zero), WEIGHTS["int8-channel"])
     static = QParams(torch.ones(1), zero[0])
-    kernel = choose("wna8_matmul", weight, backend).kernel
+    kernel = choose("w4a8_matmul", weight, backend).kernel
     y = kernel.run(kernel.prepare(weight, torch.float32), torch.full((3, k), 127.0), INPUTS["static"], static)
     assert torch.equal(y.long(), torch.full((3, 5), k * 127 * 127))
 
 
-@cases("wna8_matmul")
+@cases("w4a8_matmul")
 def test_wna8_matmul_takes_bfloat16_inputs(backend):
     weight, x = packed_weight(WEIGHTS["int8-channel"], (5, 96)), normal(3, 96, seed=1).bfloat16()
-    kernel = choose("wna8_matmul", weight, backend).kernel
+    kernel = choose("w4a8_matmul", weight, backend).kernel
     state = kernel.prepare(weight, torch.float32)
     assert torch.equal(kernel.run(state, x, TOKEN, None), kernel.run(state, x.float(), TOKEN, None).bfloat16())
 
@@ -187,10 +187,10 @@ def test_packed_embedding_gives_rows_of_the_whole_table(backend, spec):
 
 def test_choose_takes_the_first_backend_and_keeps_the_reasons():
     weight = packed_weight(WEIGHTS["int4-g32"], (5, 32))
-    choice = choose("wna16_matmul", weight, "as_trained")
+    choice = choose("w4a16_matmul", weight, "as_trained")
     assert (choice.backend, choice.refused) == ("dense", {})
-    choice = choose("wna8_matmul", weight, "as_trained")
-    assert (choice.backend, choice.refused) == ("reference", {"dense": "no dense kernel for wna8_matmul"})
+    choice = choose("w4a8_matmul", weight, "as_trained")
+    assert (choice.backend, choice.refused) == ("reference", {"dense": "no dense kernel for w4a8_matmul"})
 
 
 def test_choose_refuses_an_unknown_backend_and_names_the_known_ones():
@@ -198,11 +198,11 @@ def test_choose_refuses_an_unknown_backend_and_names_the_known_ones():
     with pytest.raises(
         UserError, match=r"backend must be one of \['cpu', 'dense', 'reference'\], got refrence. Did you mean"
     ):
-        choose("wna16_matmul", weight, "refrence")
+        choose("w4a16_matmul", weight, "refrence")
     with pytest.raises(
-        UserError, match=r"kernel for wna8_matmul: backend must be one of \['cpu', 'reference'\], got dense"
+        UserError, match=r"kernel for w4a8_matmul: backend must be one of \['cpu', 'reference'\], got dense"
     ):
-        choose("wna8_matmul", weight, "dense")
+        choose("w4a8_matmul", weight, "dense")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -292,7 +292,7 @@ def test_served_model_says_which_kernels_run(tiny_model_dir):
     served = serve(pack_model(model, coverage, model.config.to_dict(), None))
     assert isinstance(served.model.embed_tokens, PackedEmbedding) and isinstance(served.lm_head, PackedLinear)
     summary = kernel_summary(served)
-    assert summary == {"used": {"reference": 15, "dense": 1}, "refused": {"dense": "no dense kernel for wna8_matmul"}}
+    assert summary == {"used": {"reference": 15, "dense": 1}, "refused": {"dense": "no dense kernel for w4a8_matmul"}}
     assert "w8a8, (64, 64), kernel=reference" in repr(served.model.layers[0].self_attn.q_proj)
 
 

@@ -54,12 +54,15 @@ def _cpu_prepare(weight: PackedTensor, dtype: torch.dtype) -> cpu.CpuWeight:
     return cpu.prepack([weight])
 
 
-def _cpu_wna16(state: cpu.CpuWeight, x: Tensor) -> Tensor:
-    return cpu.packed_matmul(x, state, planes=2)
+def _cpu_matmul(op: str) -> Callable[..., Tensor]:
+    def run(state: cpu.CpuWeight, x: Tensor, input_spec: Any = None, static: Any = None) -> Tensor:
+        return cpu.matmul(op, x, state, static)
+
+    return run
 
 
-def _cpu_wna8(state: cpu.CpuWeight, x: Tensor, input_spec: Any, static: Any) -> Tensor:
-    return cpu.packed_matmul(x, state, planes=1)
+def _cpu_embedding(state: cpu.CpuWeight, ids: Tensor) -> Tensor:
+    return cpu.embedding(ids, state)
 
 
 def _keep(weight: PackedTensor, dtype: torch.dtype) -> PackedTensor:
@@ -79,22 +82,34 @@ def _reference_embedding(state: PackedTensor, ids: Tensor) -> Tensor:
     return reference.packed_embedding(ids, state)
 
 
-def _reference_wna16(state: PackedTensor, x: Tensor) -> Tensor:
+def _reference_a16(state: PackedTensor, x: Tensor) -> Tensor:
     return reference.wna16_matmul(x, state)
 
 
-def _reference_wna8(state: PackedTensor, x: Tensor, input_spec: Any, static: Any) -> Tensor:
+def _reference_a8(state: PackedTensor, x: Tensor, input_spec: Any, static: Any) -> Tensor:
     return reference.wna8_matmul(x, state, input_spec, static)
 
 
+# matmuls are named by what a weight is stored in (w4: 2 to 4 bits, w8: 5 to 8) and what its inputs are
 KERNELS: dict[tuple[str, str], Kernel] = {
-    ("wna16_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_wna16),
-    ("wna8_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_wna8),
-    ("wna16_matmul", "dense"): Kernel(_never, _dense, _dense_matmul),
-    ("wna16_matmul", "reference"): Kernel(_never, _keep, _reference_wna16),
-    ("wna8_matmul", "reference"): Kernel(_never, _keep, _reference_wna8),
+    ("w4a16_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w4a16_matmul")),
+    ("w8a16_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w8a16_matmul")),
+    ("w4a8_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w4a8_matmul")),
+    ("w8a8_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w8a8_matmul")),
+    ("w4a16_matmul", "dense"): Kernel(_never, _dense, _dense_matmul),
+    ("w8a16_matmul", "dense"): Kernel(_never, _dense, _dense_matmul),
+    ("w4a16_matmul", "reference"): Kernel(_never, _keep, _reference_a16),
+    ("w8a16_matmul", "reference"): Kernel(_never, _keep, _reference_a16),
+    ("w4a8_matmul", "reference"): Kernel(_never, _keep, _reference_a8),
+    ("w8a8_matmul", "reference"): Kernel(_never, _keep, _reference_a8),
+    ("packed_embedding", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_embedding),
     ("packed_embedding", "reference"): Kernel(_never, _keep, _reference_embedding),
 }
+
+
+def matmul_op(weight: PackedTensor, has_input_grid: bool) -> str:
+    """The op that multiplies with `weight`: w4a16_matmul, w4a8_matmul, w8a16_matmul or w8a8_matmul."""
+    return f"w{4 if weight.spec.bits <= 4 else 8}a{8 if has_input_grid else 16}_matmul"
 
 
 def choose(op: str, weight: PackedTensor, backend: str = "auto", input_spec: QuantSpec | None = None) -> Choice:

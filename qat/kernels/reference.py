@@ -19,6 +19,7 @@ from qat.grid import QParams
 from qat.packing import PackedTensor
 from qat.scheme import QuantSpec
 
+INT8_ROWS = QuantSpec(8, True, "token", None, True, "float32", True)
 EXACT_TERMS = 256  # 256 products below 2^15.01 (zero points included: 255 * 255) stay under float32's 2^24
 
 
@@ -67,6 +68,11 @@ def integer_matmul(x_codes: Tensor, x: QParams, w_codes: Tensor, w: QParams, w_s
     return y_MN * x.scale.view(-1, 1)
 
 
+# by the names of the optimized ops: what differs there is how the codes are stored
+w4a16_matmul = w8a16_matmul = wna16_matmul
+w4a8_matmul = w8a8_matmul = wna8_matmul
+
+
 def packed_embedding(ids: Tensor, table: PackedTensor) -> Tensor:
     """Rows `ids` [...] of the packed table [vocabulary, K]: [..., K] float32. Only those rows are unpacked."""
     flat = ids.reshape(-1)
@@ -76,3 +82,35 @@ def packed_embedding(ids: Tensor, table: PackedTensor) -> Tensor:
         zero_point = None if zero_point is None else zero_point[flat]
     picked = PackedTensor(table.packed[flat], scale, zero_point, table.spec, (flat.numel(), table.shape[-1]))
     return picked.dequantize(torch.float32).view(*ids.shape, table.shape[-1])
+
+
+def rmsnorm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """int8 codes [M, K] and scale [M, 1] per row of x [M, K] float32 / rms(x) * weight [K]."""
+    normed = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+    codes, qparams = quantize_input(normed, INT8_ROWS, None)
+    return codes, qparams.scale
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [M, K] and scale [M, 1] per row of silu(gate) * up, both [M, K] float32."""
+    codes, qparams = quantize_input(F.silu(gate) * up, INT8_ROWS, None)
+    return codes, qparams.scale
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, is_int8: bool) -> Tensor:
+    """Attention of one token's query q [M, H, D] over keys and values [M, KV, T, D], which the cache holds as int8 with
+    a scale per position, or as bfloat16: [M, H, D] float32. Rotation is `rotate`."""
+    heads_per_kv = q.shape[1] // keys.shape[1]
+    if is_int8:
+        keys, values = (grid.dequantize(*quantize_input(t, INT8_ROWS, None), INT8_ROWS) for t in (keys, values))
+    else:
+        keys, values = keys.bfloat16().float(), values.bfloat16().float()
+    keys, values = (t.repeat_interleave(heads_per_kv, 1) for t in (keys, values))
+    scores = (keys @ q.unsqueeze(-1)).squeeze(-1) / q.shape[-1] ** 0.5
+    return (scores.softmax(-1).unsqueeze(-2) @ values).squeeze(-2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [..., D]: halves (a, b) become (a cos - b sin, b cos + a sin); cos, sin [..., D / 2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

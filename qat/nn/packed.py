@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from qat.estimators import compute_dtype
 from qat.grid import QParams
-from qat.kernels.dispatch import choose
+from qat.kernels.dispatch import choose, matmul_op
 from qat.packing import PackedTensor
 from qat.scheme import QuantScheme
 
@@ -37,7 +37,7 @@ class PackedLinear(nn.Module):
     ):
         super().__init__()
         self.packed, self.scheme, self.static = weight, scheme, static
-        op = "wna16_matmul" if scheme.input is None else "wna8_matmul"
+        op = matmul_op(weight, scheme.input is not None)
         self.choice = choose(op, weight, backend, scheme.input)
         self.state = self.choice.kernel.prepare(weight, dtype)
         self.bias: Tensor | None

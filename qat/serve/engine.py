@@ -5,6 +5,9 @@ Weights are laid out once (q, k, v merged, gate and up merged); the cache is sta
 with int8 inputs with int8 inputs: what is served is what was trained. `refuses` says which models it cannot run; those
 go through transformers' `generate` on packed layers.
 
+Weights that a plan keeps in float are served as bfloat16. Layers may have different schemes. The number of threads follows
+the times of the steps: a core that another process keeps busy is left alone.
+
 Letters: M rows of a call (tokens of any sequences), S scored rows, H hidden size, V vocabulary, T positions of a slot.
 """
 
@@ -19,12 +22,15 @@ from torch import Tensor
 from qat.errors import UserError, problem
 from qat.formats.packed_model import PackedModel
 from qat.kernels import cpu
-from qat.kernels.reference import packed_embedding
-from qat.packing import PackedTensor
+from qat.serve.rotary import rotary_frequencies
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 NEEDED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 NEEDED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+TABLE = "model.embed_tokens.weight"
+BIASES = ("o_proj.bias", "down_proj.bias", "up_proj.bias", "gate_proj.bias", "lm_head.bias")
 
 
 def refuses(model: PackedModel) -> str | None:
@@ -33,17 +39,18 @@ def refuses(model: PackedModel) -> str | None:
     if config.get("model_type") not in FAMILY:
         return f"model type {config.get('model_type')} is not one of {', '.join(FAMILY)}"
     rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
         return f"rotary type {rope.get('rope_type')} is not supported yet"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "partial rotary embeddings are not supported yet"
     if config.get("hidden_act") != "silu":
         return f"activation {config.get('hidden_act')} is not silu"
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
-        return "sliding-window attention is not supported yet"
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if head_dim % 16 or head_dim > 512:
+        return f"head size must be a multiple of 16 up to 512, got {head_dim}"
     if model.kv is not None and not (model.kv.bits == 8 and model.kv.symmetric):
         return f"a cache of {model.kv.describe()} is not supported yet"
-    if any(name.endswith(("o_proj.bias", "down_proj.bias", "up_proj.bias", "gate_proj.bias")) for name in model.floats):
+    if any(name.endswith(BIASES) for name in model.floats):
         return "biases outside of q, k, v are not supported yet"
     return _weights_refused(model)
 
@@ -54,19 +61,24 @@ def _weights_refused(model: PackedModel) -> str | None:
         for i in range(model.config["num_hidden_layers"])
         for part in (*NEEDED, *NEEDED_MLP)
     ]
-    missing = [name for name in (*names, "model.embed_tokens.weight") if name not in model.tensors]
-    if missing or _head_name(model) not in model.tensors:
-        return f"not all weights are packed ({', '.join([*missing, _head_name(model)][:2])})"
-    schemes = {model.schemes[name] for name in names}
-    if len(schemes) > 1:
-        return "the layers have different schemes"
-    scheme = schemes.pop()
-    if scheme.input is not None and (reason := cpu.refuses_input(scheme.input)):
-        return reason
-    return next((reason for name in names if (reason := cpu.refuses(model.tensors[name]))), None)
+    names += [TABLE, _head_name(model)]
+    missing = [name for name in names if name not in model.tensors and name not in model.floats]
+    if missing:
+        return f"weights are missing ({', '.join(missing[:2])})"
+    for name in names:
+        if name in model.floats:
+            continue
+        spec = model.schemes[name].input
+        if spec is not None and not spec.dynamic:
+            return f"{name}: stored input grids are not supported yet"
+        if reason := (cpu.refuses_input(spec) if spec else None) or cpu.refuses(model.tensors[name]):
+            return f"{name}: {reason}"
+    return cpu.unavailable()
 
 
 def _head_name(model: PackedModel) -> str:
+    if model.config.get("tie_word_embeddings") and "lm_head.weight" not in {*model.tensors, *model.floats}:
+        return TABLE
     return model.tied.get("lm_head.weight", "lm_head.weight")
 
 
@@ -76,11 +88,12 @@ class Engine:
     Args:
         positions: T, the longest sequence (prompt and answer) of a slot.
         slots: sequences held at one time.
+        int8_cache: keys and values as int8; None follows the model's own KV grid.
     Raises:
         UserError: `refuses` has a reason.
     """
 
-    def __init__(self, model: PackedModel, positions: int = 1024, slots: int = 1):
+    def __init__(self, model: PackedModel, positions: int = 1024, slots: int = 1, int8_cache: bool | None = None):
         reason = refuses(model)
         if reason:
             fix = "Use --backend dense, which goes through transformers."
@@ -91,58 +104,94 @@ class Engine:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         layers = config["num_hidden_layers"]
         self.positions, self.slots = min(positions, config["max_position_embeddings"]), slots
-        self.table, self.vocabulary = model.tensors["model.embed_tokens.weight"], config["vocab_size"]
-        floats, weights = self._parts(model, layers, head_dim)
-        self._planes = [_planes(model, "model.layers.0.mlp.up_proj.weight"), _planes(model, _head_name(model))]
+        self.vocabulary = config["vocab_size"]
+        int8_cache = model.kv is not None if int8_cache is None else int8_cache
         facts = [config["hidden_size"], heads, kv_heads, head_dim, config["intermediate_size"], self.positions, slots]
-        facts += [config["vocab_size"], layers, int(model.kv is not None), *self._planes]
-        blobs = [weight.blob for weight in weights]
-        grids = [number for w in weights for number in (w.n, w.k, w.group, w.bits)]
-        self.bytes_per_token = sum(blob.numel() for blob in blobs)
-        self._handle = torch.ops.qat.engine_new(facts, config["rms_norm_eps"], floats, blobs, grids)
+        facts += [self.vocabulary, layers, int(int8_cache)]
+        linears = self._linears(model, layers)
+        parts = [part for linear in linears for part in linear]
+        grids = [number for part, planes in parts for number in (*part.grid, planes)]
+        blobs = [part.blob for part, _ in parts]
+        # the table is read a row at a time
+        self.bytes_per_token = sum(blob.numel() for blob in blobs[1:])
+        self._handle = torch.ops.qat.engine_new(
+            *(facts, config["rms_norm_eps"], self._floats(model, layers), _windows(config)),
+            *(blobs, grids, [len(linear) for linear in linears]),
+        )
         weakref.finalize(self, torch.ops.qat.engine_free, torch.empty(0), self._handle)
 
-    def _parts(self, model: PackedModel, layers: int, head_dim: int) -> tuple[list[Tensor], list[cpu.CpuWeight]]:
-        """The float tensors and laid-out weights in the order that `engine_new` wants."""
-        theta = (model.config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-        inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    def _linears(self, model: PackedModel, layers: int) -> list[list[tuple[cpu.CpuWeight, int]]]:
+        """Laid-out weights and their planes: the table, then q k v, o, gate up and down of every layer, then the head."""
+        head = [_part(model, [_head_name(model)])]
+        table = head if _head_name(model) == TABLE else [_part(model, [TABLE])]
+        linears = [table]
+        for layer in range(layers):
+            for names in (NEEDED[:3], NEEDED[3:], NEEDED_MLP[:2], NEEDED_MLP[2:]):
+                linears.append(_parts(model, [f"model.layers.{layer}.{name}.weight" for name in names]))
+        return [*linears, head]
+
+    def _floats(self, model: PackedModel, layers: int) -> list[Tensor]:
+        """The float tensors in the order that `engine_new` wants."""
+        inverse, factor = rotary_frequencies(model.config)
         angles = torch.outer(torch.arange(self.positions).float(), inverse)
         none = torch.empty(0)
-        floats = [angles.cos().contiguous(), angles.sin().contiguous(), model.floats["model.norm.weight"].float()]
-        weights = []
+        floats = [(angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()]
+        floats.append(model.floats["model.norm.weight"].float().contiguous())
         for layer in range(layers):
             base = f"model.layers.{layer}."
-            biases = [model.floats.get(f"{base}self_attn.{name}_proj.bias") for name in "qkv"]
-            bias = (
-                torch.cat([b.float() for b in biases if b is not None]) if all(b is not None for b in biases) else none
-            )
             for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
                 floats.append(model.floats.get(f"{base}{name}.weight", none).float().contiguous())
-            floats.append(bias)
-            for group in (NEEDED[:3], NEEDED[3:], NEEDED_MLP[:2], NEEDED_MLP[2:]):
-                weights.append(cpu.prepack([self._weight(model, f"{base}{part}.weight") for part in group]))
-        weights.append(cpu.prepack([self._weight(model, _head_name(model))]))
-        return floats, weights
-
-    @staticmethod
-    def _weight(model: PackedModel, name: str) -> PackedTensor:
-        return model.tensors[name]
+            biases = [model.floats.get(f"{base}self_attn.{name}_proj.bias") for name in "qkv"]
+            floats.append(torch.cat([b.float() for b in biases if b is not None]) if biases[0] is not None else none)
+        return floats
 
     def forward(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor) -> Tensor:
         """Run rows [M] of token ids at their slots and positions; logits [S, V] float32 of the rows `scored` [S].
 
         Rows of one sequence must come in order of position; their keys and values are cached.
         """
-        x_MH = packed_embedding(ids, self.table).contiguous()
-        return torch.ops.qat.engine_forward(x_MH, slot.contiguous(), position.contiguous(), scored, self._handle)
+        return torch.ops.qat.engine_forward(ids, slot, position, scored, 0, self._handle)[0]
 
     def best(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor) -> Tensor:
-        """As `forward`, but the most likely token [S] int64 of each scored row."""
-        return self.forward(ids, slot, position, scored).argmax(-1)
+        """As `forward`, but the most likely token [S] int64 of each scored row; -1 for a row whose logits are NaN."""
+        return self.top(ids, slot, position, scored, 1)[1].flatten()
+
+    def top(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As `forward`, but the k largest logits and their tokens, [S, k] each, best first."""
+        return torch.ops.qat.engine_forward(ids, slot, position, scored, k, self._handle)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the latest step: the engine uses as many as made steps fastest lately."""
+        return torch.ops.qat.engine_threads(torch.empty(0), self._handle)
 
 
-def _planes(model: PackedModel, name: str) -> int:
-    return 1 if model.schemes[name].input is not None else 2
+def _part(model: PackedModel, names: list[str]) -> tuple[cpu.CpuWeight, int]:
+    """One laid-out weight of stacked matrices, and its input planes; matrices kept in float are bfloat16."""
+    if names[0] in model.floats:
+        return cpu.prepack_floats([model.floats[name] for name in names]), 1
+    planes = 2 if model.schemes[names[0]].input is None else 1
+    return cpu.prepack([model.tensors[name] for name in names]), planes
+
+
+def _parts(model: PackedModel, names: list[str]) -> list[tuple[cpu.CpuWeight, int]]:
+    """Matrices that read the same inputs: merged where neighbours have the same scheme."""
+    groups: list[list[str]] = []
+    for name in names:
+        if groups and model.schemes.get(groups[-1][0]) == model.schemes.get(name):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return [_part(model, group) for group in groups]
+
+
+def _windows(config: dict[str, Any]) -> list[int]:
+    """Positions that each layer attends to; 0 is all."""
+    layers, window = config["num_hidden_layers"], config.get("sliding_window") or 0
+    kinds = config.get("layer_types")
+    if kinds:
+        return [window if kind == "sliding_attention" else 0 for kind in kinds]
+    return [window if config.get("use_sliding_window", True) else 0] * layers
 
 
 def generate(

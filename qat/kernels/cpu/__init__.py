@@ -1,16 +1,15 @@
-"""The C++ kernels: loading the library, laying weights out for it, and the two matmul ops.
+"""The C++ kernels: loading the library, laying weights out for it, and its ops.
 
-The library stands beside this file when it was built (see CMakeLists.txt); one binary holds AVX-512 VNNI, AVX2 and
-portable code and chooses when it is first used (QAT_MAX_ISA=avx2 or portable limits it, for tests). Without it
+The library stands beside this file when it was built (see CMakeLists.txt); one binary holds AVX-512 VNNI, AVX-VNNI, AVX2
+and portable code and chooses when it is first used (QAT_MAX_ISA=avxvnni, avx2 or portable limits it, for tests). Without it
 `unavailable()` says why and the other backends serve.
 
-    qat::packed_matmul(x [M, K] float32, blob, n, k, group, bits, planes) -> [M, N] float32
+Each op has the name of its reference in `kernels/reference.py`: `torch.ops.qat.w4a8_matmul` and so on. `w4` takes weights
+of 2 to 4 bits, `w8` of 5 to 8; `a8` rounds inputs to int8 per token, or to a stored grid, as schemes with int8 inputs train
+them; `a16` takes float inputs, carried as two int8 rows x = s1 q1 + s2 q2 with an error of about 2^-15 of the largest. A
+row of inputs that is not finite gives a row of NaN. The layout of a weight is drawn in csrc/matmul.h.
 
-planes = 1: inputs rounded to int8 per token, as schemes with int8 inputs train them. planes = 2: float inputs, carried
-as two int8 rows, x = s1 q1 + s2 q2, with an error of about 2^-15 of the largest input.
-The layout of `blob` is drawn in csrc/matmul.h.
-
-Letters: M input rows, N out_features, K in_features, G groups per row, S group size, B blocks of 16 rows.
+Letters: M input rows, N out_features, K in_features, G groups per row, S group size, P panels of 32 rows, D head size.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qat.grid import QParams
 from qat.packing import PackedTensor
 from qat.scheme import QuantSpec
 
 LIBRARY = Path(__file__).parent / "qat_cpu.so"
-ROWS = 16  # weight rows per block
+PANEL = 32  # weight rows
 UNIT = 32  # inputs a group is padded to
 
 
@@ -40,7 +40,12 @@ def unavailable() -> str | None:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         return f"does not load: {error}"
-    torch.library.register_fake("qat::packed_matmul", _packed_matmul_shape)
+    for op in ("w4a8_matmul", "w8a8_matmul", "w4a16_matmul", "w8a16_matmul"):
+        torch.library.register_fake(f"qat::{op}", _matmul_shape)
+    torch.library.register_fake("qat::packed_embedding", _embedding_shape)
+    torch.library.register_fake("qat::rmsnorm_quantize", _quantized_shapes)
+    torch.library.register_fake("qat::silu_mul_quantize", _quantized_shapes)
+    torch.library.register_fake("qat::decode_attention", _attention_shape)
     return None
 
 
@@ -53,19 +58,38 @@ def _places() -> list[Path]:
     return [LIBRARY, *(Path(folder) / LIBRARY.name for folder in folders)]
 
 
-def _packed_matmul_shape(x: Tensor, blob: Tensor, n: int, k: int, group: int, bits: int, planes: int) -> Tensor:
-    return x.new_empty(x.shape[0], n)
+def _matmul_shape(x: Tensor, blob: Tensor, grid: list[int], input_grid: Tensor | None = None) -> Tensor:
+    return x.new_empty(x.shape[0], grid[0])
+
+
+def _embedding_shape(ids: Tensor, blob: Tensor, grid: list[int]) -> Tensor:
+    return ids.new_empty(ids.shape[0], grid[1], dtype=torch.float32)
+
+
+def _quantized_shapes(x: Tensor, other: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1)
+
+
+def _attention_shape(q: Tensor, *_rest: Tensor) -> Tensor:
+    return torch.empty_like(q)
 
 
 @dataclass(frozen=True)
 class CpuWeight:
-    """A weight in the kernels' own layout: `blob` uint8, logical [n, k], padded group size, bits."""
+    """A weight in the kernels' own layout: `blob` uint8, logical [n, k], padded group size, bits (16: bfloat16), and
+    whether it has zero points."""
 
     blob: Tensor
     n: int
     k: int
     group: int
     bits: int
+    zeros: bool = False
+
+    @property
+    def grid(self) -> list[int]:
+        """What the ops want beside the blob."""
+        return [self.n, self.k, self.group, self.bits, int(self.zeros)]
 
 
 def refuses(weight: PackedTensor) -> str | None:
@@ -79,10 +103,10 @@ def refuses(weight: PackedTensor) -> str | None:
 
 
 def refuses_input(spec: QuantSpec) -> str | None:
-    """Why the kernels cannot quantize inputs on this grid, or None: they take one symmetric scale per token."""
-    if spec.symmetric and spec.dynamic and spec.bits == 8:
+    """Why the kernels cannot quantize inputs on this grid, or None: int8, one symmetric scale per token or a stored grid."""
+    if spec.bits == 8 and (not spec.dynamic or (spec.symmetric and spec.granularity == "token")):
         return None
-    return f"inputs must be int8 sym per token, got {spec.describe()}"
+    return f"inputs must be int8 sym per token or static, got {spec.describe()}"
 
 
 def prepack(weights: list[PackedTensor]) -> CpuWeight:
@@ -90,33 +114,70 @@ def prepack(weights: list[PackedTensor]) -> CpuWeight:
     spec, k = weights[0].spec, weights[0].shape[-1]
     assert all(weight.spec == spec and weight.shape[-1] == k for weight in weights)
     codes_NK = torch.cat([weight.codes() for weight in weights])
-    n = codes_NK.shape[0]
-    groups = spec.groups(k)
+    n, groups = codes_NK.shape[0], spec.groups(k)
     size = k // groups
-    padded = -(-size // UNIT) * UNIT
-    blocks = -(-n // ROWS)
+    padded, panels = -(-size // UNIT) * UNIT, -(-n // PANEL)
     offset = 1 << (spec.bits - 1)
     # padding is the code whose unsigned value is the offset: it adds nothing, for its inputs are zero
-    unsigned = torch.full((blocks * ROWS, groups, padded), offset, dtype=torch.uint8)
+    unsigned = torch.full((panels * PANEL, groups, padded), offset, dtype=torch.uint8)
     unsigned[:n, :, :size] = (codes_NK.to(torch.int16) + offset).to(torch.uint8).view(n, groups, size)
-    if spec.bits <= 4:
-        pairs = unsigned.view(blocks, ROWS, groups, padded // 8, 2, 4)
-        lines = pairs[..., 0, :] | (pairs[..., 1, :] << 4)
-    else:
-        lines = unsigned.view(blocks, ROWS, groups, padded // 4, 4)
-    lines_BG = lines.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
-    scale = torch.zeros(blocks * ROWS, groups, dtype=torch.bfloat16)
-    zero = torch.zeros(blocks * ROWS, groups, dtype=torch.int8)
+    scale = torch.zeros(panels * PANEL, groups, dtype=torch.bfloat16)
     scale[:n] = torch.cat([w.scale.expand(w.shape[0], groups) for w in weights]).bfloat16()
+    parts = [_lines(unsigned, _container(spec.bits)), _by_panel(scale).view(torch.uint8)]
+    blob_P = torch.cat([part.view(panels, groups, -1) for part in parts], -1).view(panels, -1)
     if not spec.symmetric:
+        zero = torch.zeros(panels * PANEL, groups, dtype=torch.int8)
         zero[:n] = torch.cat([w.zero_point.expand(w.shape[0], groups) for w in weights if w.zero_point is not None])
-    tail = [t.view(blocks, ROWS, groups).transpose(1, 2).contiguous().view(torch.uint8) for t in (scale, zero)]
-    blob = torch.cat([lines_BG, *(t.view(blocks, groups, -1) for t in tail)], -1)
-    return CpuWeight(blob.flatten().contiguous(), n, k, padded, spec.bits)
+        blob_P = torch.cat([blob_P, _by_panel(zero).view(torch.uint8).view(panels, -1)], -1)
+        blob_P = torch.nn.functional.pad(blob_P, (0, -blob_P.shape[-1] % 64))
+    return CpuWeight(blob_P.flatten().contiguous(), n, k, padded, spec.bits, not spec.symmetric)
 
 
-def packed_matmul(x: Tensor, weight: CpuWeight, planes: int) -> Tensor:
-    """x [..., K] of any float dtype times a laid-out weight: [..., N] in x's dtype."""
+def prepack_floats(weights: list[Tensor]) -> CpuWeight:
+    """Lay out float weights [N_i, K], stacked along N, as bfloat16."""
+    weight = torch.cat([w.detach() for w in weights]).bfloat16()
+    n, k = weight.shape
+    panels, padded = -(-n // PANEL), -(-k // UNIT) * UNIT
+    full = torch.zeros(panels * PANEL, padded, dtype=torch.bfloat16)
+    full[:n, :k] = weight
+    lines = full.view(panels, 2, 16, padded // 2, 2).permute(0, 3, 1, 2, 4).contiguous()
+    return CpuWeight(lines.view(torch.uint8).flatten(), n, k, padded, 16)
+
+
+def _container(bits: int) -> int:
+    return 2 if bits <= 2 else 4 if bits <= 4 else 8
+
+
+def _lines(unsigned: Tensor, container: int) -> Tensor:
+    """Unsigned codes [32 P, G, S] as the lines of csrc/matmul.h: [P, G, bytes]."""
+    rows, groups, size = unsigned.shape
+    together = 8 // container  # values that share a byte
+    parts = unsigned.view(rows // PANEL, 2, 16, groups, size // (4 * together), together, 4)
+    lines = torch.zeros_like(parts[..., 0, :])
+    for i in range(together):
+        lines |= parts[..., i, :] << (container * i)
+    return lines.permute(0, 3, 4, 1, 2, 5).reshape(rows // PANEL, groups, -1)
+
+
+def _by_panel(q: Tensor) -> Tensor:
+    """A value per row and group [32 P, G] as [P, G, 32]."""
+    return q.view(-1, PANEL, q.shape[-1]).transpose(1, 2).contiguous()
+
+
+def matmul(op: str, x: Tensor, weight: CpuWeight, *static: QParams | None) -> Tensor:
+    """x [..., K] of any float dtype through the op named `op`: [..., N] in x's dtype; `static` is the a8 ops' stored grid."""
     x_MK = x.reshape(-1, x.shape[-1]).float().contiguous()
-    y_MN = torch.ops.qat.packed_matmul(x_MK, weight.blob, weight.n, weight.k, weight.group, weight.bits, planes)
+    run = getattr(torch.ops.qat, op)
+    if op.endswith("a8_matmul"):
+        grid = static[0] if static else None
+        stored = torch.empty(0) if grid is None else torch.cat([q.float().flatten() for q in grid])
+        y_MN = run(x_MK, weight.blob, weight.grid, stored)
+    else:
+        y_MN = run(x_MK, weight.blob, weight.grid)
     return y_MN.to(x.dtype).view(*x.shape[:-1], weight.n)
+
+
+def embedding(ids: Tensor, table: CpuWeight) -> Tensor:
+    """Rows `ids` [...] of a laid-out table: [..., K] float32."""
+    rows = torch.ops.qat.packed_embedding(ids.reshape(-1).long(), table.blob, table.grid)
+    return rows.view(*ids.shape, table.k)

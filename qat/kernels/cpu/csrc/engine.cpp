@@ -1,7 +1,6 @@
-// See engine.h. Work is split over torch's own thread pool, one region per matmul and one per attention.
+// See engine.h. Between two barriers a phase makes its inputs and multiplies: for a few rows every thread makes all inputs
+// for itself, which costs less than a barrier; for more rows they share the work and meet once more.
 #include "engine.h"
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,145 +8,317 @@
 
 namespace qat {
 
-void Engine::multiply(const Packed& w, int planes, const float* in, int64_t m, float* out) {
-  const int64_t padded = w.groups * w.group, rows = m * planes;
-  codes.resize(std::max<size_t>(codes.size(), rows * padded));
-  sums.resize(std::max<size_t>(sums.size(), rows * w.groups));
-  scales.resize(std::max<size_t>(scales.size(), rows));
-  rest.resize(std::max<size_t>(rest.size(), planes == 2 ? m * w.k : 0));
-  both.resize(std::max<size_t>(both.size(), planes == 2 ? rows * w.n : 0));
-  const auto quantize_rows = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      quantize_planes(in + i * w.k, w, planes, codes.data() + i * planes * padded, sums.data() + i * planes * w.groups,
-                      scales.data() + i * planes, rest.data() + (planes == 2 ? i * w.k : 0));
-  };
-  if (m < 8)
-    quantize_rows(0, m);
-  else
-    torch::stable::parallel_for(0, m, 4, quantize_rows);
-  const Inputs inputs{codes.data(), sums.data(), scales.data(), padded};
-  float* target = planes == 2 ? both.data() : out;
-  const int64_t blocks = (w.n + 15) / 16;
-  const int64_t grain = std::max<int64_t>(1, (48 << 10) / w.block_bytes);
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    kernels().matmul(w, inputs, rows, begin, end, target, w.n);
-    if (planes == 2)
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t c = begin * 16; c < std::min(end * 16, w.n); ++c)
-          out[i * w.n + c] = target[2 * i * w.n + c] + target[(2 * i + 1) * w.n + c];
-  });
-}
-
 namespace {
 
-void rotate(float* head, const float* cos, const float* sin, int64_t d) {
-  const int64_t half = d / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float a = head[i], b = head[i + half];
-    head[i] = a * cos[i] - b * sin[i];
-    head[i + half] = b * cos[i] + a * sin[i];
+constexpr int64_t OWN_ROWS = 2;      // up to here every thread prepares all rows itself
+constexpr int64_t AT_ONCE = 64;      // panels multiplied before their outputs are looked at
+constexpr int64_t DYNAMIC_ROWS = 8;  // from here on pieces go to whoever is free
+
+void grow(std::vector<float>& v, int64_t size) {
+  if (static_cast<int64_t>(v.size()) < size) v.resize(size);
+}
+
+void fit(Rounded& r, const Wanted& w, int64_t rows) {
+  const size_t padded = w.group * w.groups, n = rows * w.planes;
+  if (w.floats) {
+    grow(r.floats, rows * padded);
+    return;
   }
+  r.codes.resize(std::max(r.codes.size(), n * padded));
+  r.sums.resize(std::max(r.sums.size(), n * w.groups));
+  r.scales.resize(std::max(r.scales.size(), n));
+}
+
+void round_row(const float* x, const Linear& linear, size_t which, int64_t row, Rounded& r, float* rest) {
+  const Wanted& w = linear.wanted[which];
+  const int64_t padded = w.group * w.groups;
+  if (w.floats) {
+    std::memcpy(r.floats.data() + row * padded, x, linear.k * sizeof(float));
+    std::fill(r.floats.begin() + row * padded + linear.k, r.floats.begin() + (row + 1) * padded, 0.f);
+    return;
+  }
+  Packed like{};
+  like.k = linear.k, like.group = w.group, like.groups = w.groups;
+  quantize_planes(x, like, w.planes, r.codes.data() + row * w.planes * padded, r.sums.data() + row * w.planes * w.groups,
+                  r.scales.data() + row * w.planes, rest);
+}
+
+Inputs inputs_of(const Rounded& r, const Wanted& w) {
+  return {r.codes.data(), r.sums.data(), r.scales.data(), r.floats.data(), w.group * w.groups, w.planes};
 }
 
 }  // namespace
 
-void Engine::store(const float* value, int64_t at, std::vector<int8_t>& codes_out, std::vector<float>& own_scales,
-                   std::vector<uint16_t>& wide) {
-  const int64_t d = shape.head_dim;
-  if (shape.int8_cache) {
-    int32_t unused;
-    kernels().quantize(value, d, d, d, codes_out.data() + at * d, &unused, own_scales.data() + at);
-    return;
+void Linear::add(const Packed& weight, int planes) {
+  const Wanted want{weight.container == 16 ? 1 : planes, weight.group, weight.groups, weight.container == 16};
+  size_t at = std::find(wanted.begin(), wanted.end(), want) - wanted.begin();
+  if (at == wanted.size()) wanted.push_back(want);
+  parts.push_back({weight, n, at});
+  k = weight.k, n += weight.n, panels += weight.panels, bytes += weight.panels * weight.panel_bytes;
+}
+
+// The k best of one row, found by one thread over its panels.
+struct Engine::Best {
+  std::vector<float> values;
+  std::vector<int64_t> tokens;
+
+  void reset(int64_t k) {
+    values.assign(k, -INFINITY);
+    tokens.assign(k, -1);
   }
-  for (int64_t i = 0; i < d; ++i) {  // round to nearest even, as torch does
-    uint32_t bits;
-    std::memcpy(&bits, value + i, 4);
-    wide[at * d + i] = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  void offer(float value, int64_t token) {
+    const size_t k = values.size();
+    const auto before = [&](size_t i) {
+      return value > values[i] || (value == values[i] && token < tokens[i]) || tokens[i] < 0;
+    };
+    if (!(value == value) || !before(k - 1)) return;
+    size_t at = k - 1;
+    for (; at > 0 && before(at - 1); --at) values[at] = values[at - 1], tokens[at] = tokens[at - 1];
+    values[at] = value, tokens[at] = token;
+  }
+};
+
+struct Engine::Call {
+  const int64_t *ids, *slot, *position;
+  int64_t m;
+  const int64_t* scored;
+  int64_t scored_count, k;
+  float* values;
+  int64_t* tokens;
+  bool one_each;                   // no two rows of one slot: a row's keys are needed by that row alone
+  bool own;                        // every thread prepares all rows itself
+  int64_t splits;                  // partial attentions of a row and kv head, at most
+  std::vector<std::vector<Best>> best;  // [thread][scored]
+};
+
+void Engine::allocate() {
+  const Shape& s = shape;
+  width_ = (s.positions + 15) / 16 * 16;
+  const int64_t entries = static_cast<int64_t>(layers.size()) * s.slots * s.kv_heads * width_;
+  const int64_t bytes = entries * s.head_dim * (s.int8_cache ? 1 : 2);
+  keys_.assign(bytes, 0), values_.assign(bytes, 0);
+  bytes_ = head.bytes;
+  for (const Layer& l : layers) bytes_ += l.qkv.bytes + l.out.bytes + l.gate_up.bytes + l.down.bytes;
+  if (s.int8_cache) key_scales_.assign(entries, 0.f), value_scales_.assign(entries, 0.f);
+}
+
+Cache Engine::cache(int64_t layer, int64_t slot, int64_t kv_head) {
+  const int64_t at = ((layer * shape.slots + slot) * shape.kv_heads + kv_head) * width_;
+  const int64_t bytes = at * shape.head_dim * (shape.int8_cache ? 1 : 2);
+  const bool is_int8 = shape.int8_cache;
+  return {keys_.data() + bytes, is_int8 ? key_scales_.data() + at : nullptr, values_.data() + bytes,
+          is_int8 ? value_scales_.data() + at : nullptr};
+}
+
+// y [rows, w.n] = made rows times w. `after(first row of the output, one past the last)` sees each piece while it is in cache.
+template <class Row, class After>
+void Engine::multiply(Call& call, Team& team, int member, const Linear& w, int64_t rows, const Row& make, float* y,
+                      const After& after) {
+  Scratch& mine = mine_[member];
+  grow(mine.rest, w.k), grow(mine.row, w.k);
+  std::vector<Rounded>& rounded = call.own ? mine.rounded : shared_.rounded;
+  const auto prepare = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* row = make(i, mine.row.data());
+      for (size_t j = 0; j < w.wanted.size(); ++j) round_row(row, w, j, i, rounded[j], mine.rest.data());
+    }
+  };
+  if (call.own) {
+    if (rounded.size() < w.wanted.size()) rounded.resize(w.wanted.size());
+    for (size_t j = 0; j < w.wanted.size(); ++j) fit(rounded[j], w.wanted[j], rows);
+    prepare(0, rows);
+  } else {
+    team.each(member, rows, rows >= DYNAMIC_ROWS ? 2 : 0, prepare);
+    team.barrier();
+  }
+  const int64_t piece = rows >= DYNAMIC_ROWS ? std::max<int64_t>(1, w.panels / (team.size() * 8)) : 0;
+  team.each(member, w.panels, piece, [&](int64_t begin, int64_t end) {
+    for (const Part& part : w.parts) {
+      const int64_t last = std::min(end, part.weight.panels);
+      for (int64_t at = std::max<int64_t>(begin, 0); at < last; at += AT_ONCE) {
+        const int64_t stop = std::min(at + AT_ONCE, last);
+        kernels().matmul(part.weight, inputs_of(rounded[part.wanted], w.wanted[part.wanted]), rows, at, stop,
+                         y + part.column, w.n);
+        after(part.column + at * PANEL, part.column + std::min(stop * PANEL, part.weight.n));
+      }
+      begin -= part.weight.panels, end -= part.weight.panels;
+    }
+  });
+}
+
+void Engine::rotate(float* head, int64_t position, const float* own_norm) const {
+  const int64_t half = shape.head_dim / 2;
+  if (own_norm) kernels().norm(head, own_norm, shape.head_dim, shape.eps, head);
+  const float *c = cos + position * half, *s = sin + position * half;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = head[i], b = head[i + half];
+    head[i] = a * c[i] - b * s[i];
+    head[i + half] = b * c[i] + a * s[i];
   }
 }
 
-void Engine::attention(int64_t l, const int64_t* slot, const int64_t* position, int64_t m) {
+void Engine::append(const Call& call, Scratch& mine, int64_t l, int64_t row, int64_t kv_head) {
   const Shape& s = shape;
   const Layer& layer = layers[l];
-  const int64_t d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d, per_kv = s.heads / s.kv_heads;
-  const auto cache = [&](int64_t which_slot, int64_t head) {
-    return ((l * s.slots + which_slot) * s.kv_heads + head) * s.positions;
-  };
-  for (int64_t i = 0; i < m; ++i) {
-    float* row = qkv.data() + i * width;
-    if (layer.qkv_bias)
-      for (int64_t c = 0; c < width; ++c) row[c] += layer.qkv_bias[c];
-    const float *cos_row = cos + position[i] * (d / 2), *sin_row = sin + position[i] * (d / 2);
-    for (int64_t h = 0; h < s.heads + s.kv_heads; ++h) {
-      const float* own = h < s.heads ? layer.q_norm : layer.k_norm;
-      if (own) kernels().norm(row + h * d, own, d, s.eps, row + h * d);
-      rotate(row + h * d, cos_row, sin_row, d);
-    }
-    for (int64_t h = 0; h < s.kv_heads; ++h) {
-      const int64_t at = cache(slot[i], h) + position[i];
-      store(row + (s.heads + h) * d, at, keys, key_scales, wide_keys);
-      store(row + (s.heads + s.kv_heads + h) * d, at, values, value_scales, wide_values);
-    }
+  const int64_t d = s.head_dim, at = row * (s.heads + 2 * s.kv_heads) * d;
+  const int64_t key_column = (s.heads + kv_head) * d, value_column = key_column + s.kv_heads * d;
+  grow(mine.key, 2 * d);
+  float *key = mine.key.data(), *value = key + d;
+  for (int64_t c = 0; c < d; ++c) {
+    key[c] = qkv_[at + key_column + c] + (layer.qkv_bias ? layer.qkv_bias[key_column + c] : 0.f);
+    value[c] = qkv_[at + value_column + c] + (layer.qkv_bias ? layer.qkv_bias[value_column + c] : 0.f);
   }
-  const auto heads = [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(s.positions);
-    for (int64_t job = begin; job < end; ++job) {
-      const int64_t i = job / s.heads, h = job % s.heads, at = cache(slot[i], h / per_kv);
-      const Cached key = s.int8_cache ? Cached{keys.data() + at * d, key_scales.data() + at, nullptr}
-                                      : Cached{nullptr, nullptr, wide_keys.data() + at * d};
-      const Cached value = s.int8_cache ? Cached{values.data() + at * d, value_scales.data() + at, nullptr}
-                                        : Cached{nullptr, nullptr, wide_values.data() + at * d};
-      kernels().attend(qkv.data() + i * width + h * d, key, value, position[i] + 1, d, scores.data(),
-                       mixed.data() + (i * s.heads + h) * d);
-    }
-  };
-  int64_t longest = 0;
-  for (int64_t i = 0; i < m; ++i) longest = std::max(longest, position[i] + 1);
-  if (m * s.heads * longest < 4096)
-    heads(0, m * s.heads);
-  else
-    torch::stable::parallel_for(0, m * s.heads, 1, heads);
+  rotate(key, call.position[row], layer.k_norm);
+  kernels().append(cache(l, call.slot[row], kv_head), key, value, call.position[row], d);
 }
 
-void Engine::forward(const float* input, const int64_t* slot, const int64_t* position, int64_t m,
-                     const int64_t* scored, int64_t scored_count, float* logits) {
+void Engine::attention(Call& call, Team& team, int member, int64_t l) {
   const Shape& s = shape;
-  const int64_t width = (s.heads + 2 * s.kv_heads) * s.head_dim;
-  const auto grow = [](std::vector<float>& v, int64_t size) { v.resize(std::max<size_t>(v.size(), size)); };
-  grow(x, m * s.hidden), grow(y, m * s.hidden), grow(qkv, m * width), grow(mixed, m * s.heads * s.head_dim);
-  grow(inner, m * 3 * s.inner);
-  std::copy(input, input + m * s.hidden, x.begin());
-  const auto add = [&] {
-    for (int64_t c = 0; c < m * s.hidden; ++c) x[c] += y[c];
-  };
-  const auto normed = [&](const float* weight) {
-    for (int64_t i = 0; i < m; ++i) kernels().norm(x.data() + i * s.hidden, weight, s.hidden, s.eps, y.data() + i * s.hidden);
+  const Layer& layer = layers[l];
+  Scratch& mine = mine_[member];
+  const int64_t d = s.head_dim, shared = s.heads / s.kv_heads, width = (s.heads + 2 * s.kv_heads) * d;
+  const int64_t piece = call.m >= DYNAMIC_ROWS ? 4 : 0;
+  if (!call.one_each) {
+    team.each(member, call.m * s.kv_heads, piece, [&](int64_t begin, int64_t end) {
+      for (int64_t job = begin; job < end; ++job) append(call, mine, l, job / s.kv_heads, job % s.kv_heads);
+    });
+    team.barrier();
+  }
+  grow(mine.query, shared * d);
+  team.each(member, call.m * s.kv_heads * call.splits, piece, [&](int64_t begin, int64_t end) {
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t split = job % call.splits, kv_head = job / call.splits % s.kv_heads;
+      const int64_t row = job / call.splits / s.kv_heads, position = call.position[row];
+      const int64_t from = layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0;
+      const int64_t start = split * SPLIT, stop = std::min(start + SPLIT, position + 1);
+      if (start > position || stop <= from) continue;
+      if (call.one_each && stop == position + 1) append(call, mine, l, row, kv_head);
+      float* query = mine.query.data();
+      const int64_t column = kv_head * shared * d;
+      for (int64_t c = 0; c < shared * d; ++c)
+        query[c] = qkv_[row * width + column + c] + (layer.qkv_bias ? layer.qkv_bias[column + c] : 0.f);
+      for (int64_t h = 0; h < shared; ++h) rotate(query + h * d, position, layer.q_norm);
+      float* partial = partial_.data() + ((row * call.splits + split) * s.heads + kv_head * shared) * (d + 2);
+      kernels().attend(query, shared, cache(l, call.slot[row], kv_head), std::max(start, from), stop, d,
+                       1.f / std::sqrt(static_cast<float>(d)), partial);
+    }
+  });
+  team.barrier();
+}
+
+void Engine::run(Call& call, Team& team, int member) {
+  const Shape& s = shape;
+  const int64_t m = call.m, h = s.hidden, d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d;
+  Scratch& mine = mine_[member];
+  grow(mine.x, call.own ? m * h : 0);
+  float* x = call.own ? mine.x.data() : shared_.x.data();
+  const auto nothing = [](int64_t, int64_t) {};
+  const auto normed = [&](int64_t i, const float* weight, bool adds, float* out) {
+    if (adds)
+      for (int64_t c = 0; c < h; ++c) x[i * h + c] += y_[i * h + c];
+    kernels().norm(x + i * h, weight, h, s.eps, out);
+    return out;
   };
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
-    normed(layer.norm1);
-    multiply(layer.qkv, layer.planes, y.data(), m, qkv.data());
-    attention(static_cast<int64_t>(l), slot, position, m);
-    multiply(layer.out, layer.planes, mixed.data(), m, y.data());
-    add();
-    normed(layer.norm2);
-    float* both = inner.data();
-    float* product = inner.data() + m * 2 * s.inner;
-    multiply(layer.gate_up, layer.planes, y.data(), m, both);
-    const auto gated = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        kernels().gate(both + i * 2 * s.inner, both + i * 2 * s.inner + s.inner, s.inner, product + i * s.inner);
-    };
-    if (m < 8)
-      gated(0, m);
-    else
-      torch::stable::parallel_for(0, m, 4, gated);
-    multiply(layer.down, layer.planes, product, m, y.data());
-    add();
+    multiply(call, team, member, layer.qkv, m, [&](int64_t i, float* out) {
+      if (l == 0) kernels().row(table, call.ids[i], x + i * h);
+      return normed(i, layer.norm1, l > 0, out);
+    }, qkv_.data(), nothing);
+    team.barrier();
+    attention(call, team, member, static_cast<int64_t>(l));
+    multiply(call, team, member, layer.out, m, [&](int64_t i, float* out) {
+      const int64_t last = call.position[i] / SPLIT;
+      const int64_t first = layer.window ? std::max<int64_t>(0, call.position[i] + 1 - layer.window) / SPLIT : 0;
+      for (int64_t head = 0; head < s.heads; ++head)
+        kernels().join(partial_.data() + ((i * call.splits + first) * s.heads + head) * (d + 2), last - first + 1,
+                       s.heads * (d + 2), d, out + head * d);
+      return out;
+    }, y_.data(), nothing);
+    team.barrier();
+    multiply(call, team, member, layer.gate_up, m,
+             [&](int64_t i, float* out) { return normed(i, layer.norm2, true, out); }, inner_.data(), nothing);
+    team.barrier();
+    multiply(call, team, member, layer.down, m, [&](int64_t i, float* out) {
+      const float* both = inner_.data() + i * 2 * s.inner;
+      kernels().gate(both, both + s.inner, s.inner, out);
+      return out;
+    }, y_.data(), nothing);
+    team.barrier();
   }
-  for (int64_t i = 0; i < scored_count; ++i)
-    kernels().norm(x.data() + scored[i] * s.hidden, final_norm, s.hidden, s.eps, y.data() + i * s.hidden);
-  multiply(head, head_planes, y.data(), scored_count, logits);
+  if (call.scored_count == 0) return;
+  const auto last = [&](int64_t i, float* out) {
+    const int64_t row = call.scored[i];
+    for (int64_t c = 0; c < h; ++c) out[c] = x[row * h + c] + y_[row * h + c];
+    kernels().norm(out, final_norm, h, s.eps, out);
+    return out;
+  };
+  std::vector<Best>& best = call.best[member];
+  float* logits = call.k > 0 ? logits_.data() : call.values;
+  multiply(call, team, member, head, call.scored_count, last, logits, [&](int64_t begin, int64_t end) {
+    if (call.k == 0) return;
+    for (int64_t i = 0; i < call.scored_count; ++i)
+      for (int64_t token = begin; token < end; ++token) best[i].offer(logits[i * s.vocabulary + token], token);
+  });
+  if (call.k == 0) return;
+  team.barrier();
+  if (member == 0) finish(call, team.size());
+}
+
+// The best of every thread's best.
+void Engine::finish(Call& call, int members) {
+  for (int64_t i = 0; i < call.scored_count; ++i) {
+    Best& first = call.best[0][i];
+    for (int other = 1; other < members; ++other)
+      for (int64_t j = 0; j < call.k; ++j)
+        if (call.best[other][i].tokens[j] >= 0) first.offer(call.best[other][i].values[j], call.best[other][i].tokens[j]);
+    std::copy(first.values.begin(), first.values.end(), call.values + i * call.k);
+    std::copy(first.tokens.begin(), first.tokens.end(), call.tokens + i * call.k);
+  }
+}
+
+void Engine::forward(const int64_t* ids, const int64_t* slot, const int64_t* position, int64_t m, const int64_t* scored,
+                     int64_t scored_count, int64_t k, float* values, int64_t* tokens) {
+  if (m == 0) return;
+  const Shape& s = shape;
+  Call call{ids, slot, position, m, scored, scored_count, k, values, tokens, true, m <= OWN_ROWS, 0, {}};
+  std::vector<char> seen(s.slots, 0);
+  int64_t cached = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    call.one_each = call.one_each && !seen[slot[i]];
+    seen[slot[i]] = 1;
+    call.splits = std::max(call.splits, position[i] / SPLIT + 1);
+    cached += position[i] + 1;
+  }
+  const int64_t width = (s.heads + 2 * s.kv_heads) * s.head_dim;
+  grow(y_, m * s.hidden), grow(qkv_, m * width), grow(inner_, m * 2 * s.inner);
+  grow(partial_, m * call.splits * s.heads * (s.head_dim + 2));
+  grow(logits_, k > 0 ? scored_count * s.vocabulary : 0);
+  if (!call.own) {
+    grow(shared_.x, m * s.hidden);
+    for (const Layer& layer : layers)
+      for (const Linear* w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) prepare_shared(*w, m);
+    prepare_shared(head, scored_count);
+  }
+  const int most = static_cast<int>(std::max<int64_t>(1, torch::stable::get_num_threads()));
+  if (mine_.size() < static_cast<size_t>(most)) mine_.resize(most);
+  call.best.resize(most);
+  for (auto& of_thread : call.best) {
+    of_thread.resize(scored_count);
+    for (Best& best : of_thread) best.reset(k);
+  }
+  Pace& pace = pace_[std::min<int64_t>(m, DYNAMIC_ROWS)];
+  const bool adapts = m < DYNAMIC_ROWS;  // longer calls share their work in small pieces
+  threads_ = adapts ? pace.choose(most) : most;
+  const auto started = std::chrono::steady_clock::now();
+  Team::run(threads_, [&](Team& team, int member) { run(call, team, member); });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - started;
+  if (adapts) pace.record(seconds.count() / static_cast<double>(bytes_ + cached * s.kv_heads * s.head_dim * 2 * layers.size()));
+}
+
+void Engine::prepare_shared(const Linear& w, int64_t rows) {
+  if (shared_.rounded.size() < w.wanted.size()) shared_.rounded.resize(w.wanted.size());
+  for (size_t j = 0; j < w.wanted.size(); ++j) fit(shared_.rounded[j], w.wanted[j], rows);
 }
 
 }  // namespace qat

@@ -1,22 +1,49 @@
 // Native decoding of the Llama family: one call runs every layer for M rows, each row a token of some sequence slot.
 //
-// The cache is [layer][slot][kv head][T][D]: bfloat16, or int8 with one scale per position and head, the grid that
-// `kv=kv8` trains (qat/nn/kv.py).
+// The cache is [layer][slot][kv head] of qat::Cache (matmul.h): bfloat16, or int8 with one scale per position and head, the
+// grid that `kv=kv8` trains (qat/nn/kv.py).
 // Letters: M rows of this call, H hidden size, D head size, T positions of a slot, I inner size.
 #pragma once
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <vector>
 
 #include "matmul.h"
+#include "team.h"
 
 namespace qat {
 
-struct Layer {
-  Packed qkv, out, gate_up, down;
+// What a weight wants of its inputs; parts that want the same share one rounding.
+struct Wanted {
   int planes;                      // 1: int8 inputs; 2: float inputs as two int8 planes, error about 2^-15
+  int64_t group, groups;
+  bool floats;                     // container 16 reads floats
+  bool operator==(const Wanted& o) const {
+    return planes == o.planes && group == o.group && groups == o.groups && floats == o.floats;
+  }
+};
+
+struct Part {
+  Packed weight;
+  int64_t column;                  // of the output, where this part's rows begin
+  size_t wanted;                   // index into Linear::wanted
+};
+
+// One matmul of a layer: several packed weights that read the same inputs, side by side in the output.
+struct Linear {
+  std::vector<Part> parts;
+  std::vector<Wanted> wanted;
+  int64_t k = 0, n = 0, panels = 0, bytes = 0;
+  void add(const Packed& weight, int planes);
+};
+
+struct Layer {
+  Linear qkv, out, gate_up, down;
   const float *norm1, *norm2;      // [H]
   const float *q_norm, *k_norm;    // [D], null without (Qwen3 has them)
   const float* qkv_bias;           // null without (Qwen2 has one)
+  int64_t window;                  // positions attended to, 0: all
 };
 
 struct Shape {
@@ -25,31 +52,56 @@ struct Shape {
   bool int8_cache;
 };
 
+// Rows rounded for the weights of one Linear: a buffer per kind of input that they want.
+struct Rounded {
+  std::vector<int8_t> codes;
+  std::vector<int32_t> sums;
+  std::vector<float> scales, floats;
+};
+
+struct Scratch {
+  std::vector<float> x, row, rest, query, key;
+  std::vector<Rounded> rounded;
+};
+
 struct Engine {
   Shape shape;
   std::vector<Layer> layers;
   const float* final_norm;
   const float *cos, *sin;          // [T, D / 2]
-  Packed head;
-  int head_planes;
-  std::vector<int8_t> keys, values;
-  std::vector<float> key_scales, value_scales;
-  std::vector<uint16_t> wide_keys, wide_values;
-  // scratch, grown when a call has more rows than any before
-  std::vector<float> x, y, qkv, mixed, inner, rest, both;
-  std::vector<int8_t> codes;
-  std::vector<int32_t> sums;
-  std::vector<float> scales;
+  Packed table;
+  Linear head;
 
-  // x [M, H] embeddings in, logits of the rows `scored` out [scored, vocabulary]
-  void forward(const float* input, const int64_t* slot, const int64_t* position, int64_t m, const int64_t* scored,
-               int64_t scored_count, float* logits);
+  void allocate();                 // the cache, when shape and layers are known
+  // The rows of ids [M] at (slot, position); the `scored` rows' logits [scored, vocabulary], or, with k > 0, their k best
+  // as `values` and `tokens` [scored, k], best first, lower token first among equals (-1 where a row is NaN).
+  void forward(const int64_t* ids, const int64_t* slot, const int64_t* position, int64_t m, const int64_t* scored,
+               int64_t scored_count, int64_t k, float* values, int64_t* tokens);
+  int threads_now() const { return threads_; }
 
  private:
-  void attention(int64_t layer, const int64_t* slot, const int64_t* position, int64_t m);
-  void multiply(const Packed& w, int planes, const float* in, int64_t m, float* out);
-  void store(const float* value, int64_t at, std::vector<int8_t>& codes, std::vector<float>& own_scales,
-             std::vector<uint16_t>& wide);
+  struct Call;
+  struct Best;
+  void run(Call& call, Team& team, int member);
+  void finish(Call& call, int members);
+  void prepare_shared(const Linear& w, int64_t rows);
+  template <class Row, class After>
+  void multiply(Call& call, Team& team, int member, const Linear& w, int64_t rows, const Row& make, float* y,
+                const After& after);
+  void attention(Call& call, Team& team, int member, int64_t layer);
+  void rotate(float* head, int64_t position, const float* own_norm) const;
+  void append(const Call& call, Scratch& mine, int64_t layer, int64_t row, int64_t kv_head);
+  Cache cache(int64_t layer, int64_t slot, int64_t kv_head);
+
+  std::vector<uint8_t> keys_, values_;
+  std::vector<float> key_scales_, value_scales_;
+  int64_t width_ = 0;              // T rounded up to blocks of 16
+  std::vector<Scratch> mine_;      // one for each thread
+  Scratch shared_;
+  std::vector<float> y_, qkv_, inner_, partial_, logits_;
+  std::map<int64_t, Pace> pace_;   // by number of rows
+  int64_t bytes_ = 0;              // of all weights that a step reads
+  int threads_ = 1;
 };
 
 }  // namespace qat

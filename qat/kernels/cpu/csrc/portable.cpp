@@ -1,9 +1,10 @@
 // The kernels for one instruction set; the flags are in CMakeLists.txt.
 #include "matmul_impl.h"
+#include "rows_impl.h"
 
 namespace qat {
 const Kernels* portable_kernels() {
-  static const Kernels table{"portable", matmul, quantize, attend, norm, gate};
+  static const Kernels table{"portable", matmul, quantize, attend, append, join, norm, gate, row};
   return &table;
 }
 }  // namespace qat

@@ -292,7 +292,7 @@ def test_served_model_says_which_kernels_run(tiny_model_dir):
     served = serve(pack_model(model, coverage, model.config.to_dict(), None))
     assert isinstance(served.model.embed_tokens, PackedEmbedding) and isinstance(served.lm_head, PackedLinear)
     summary = kernel_summary(served)
-    assert summary == {"used": {"reference": 15, "dense": 1}, "refused": {"dense": "no dense kernel for w4a8_matmul"}}
+    assert summary == {"used": {"reference": 15, "dense": 1}, "refused": {"dense": "no dense kernel for w8a8_matmul"}}
     assert "w8a8, (64, 64), kernel=reference" in repr(served.model.layers[0].self_attn.q_proj)
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from qat.estimators import compute_dtype
 from qat.grid import QParams
-from qat.kernels.dispatch import choose, matmul_op
+from qat.kernels.dispatch import PREFERENCE, choose, matmul_op
 from qat.packing import PackedTensor
 from qat.scheme import QuantScheme
 
@@ -60,11 +60,17 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """Rows of a packed table [vocabulary, K], float32."""
 
-    def __init__(self, table: PackedTensor, padding_idx: int | None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        table: PackedTensor,
+        padding_idx: int | None,
+        backend: str = "as_trained",
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.packed, self.padding_idx = table, padding_idx
         self.num_embeddings, self.embedding_dim = table.shape
-        self.choice = choose("packed_embedding", table, "reference")
+        self.choice = choose("packed_embedding", table, backend if backend in PREFERENCE else "reference")
         self.state = self.choice.kernel.prepare(table, dtype)
 
     @property

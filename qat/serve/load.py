@@ -65,7 +65,7 @@ def _install(
         return
     parent = model.get_submodule(module_name.rpartition(".")[0])
     if isinstance(module, nn.Embedding):
-        layer: nn.Module = PackedEmbedding(tensor, module.padding_idx, dtype)
+        layer: nn.Module = PackedEmbedding(tensor, module.padding_idx, backend, dtype)
     else:
         # a bias that the export lacks stays on meta and is refused with the other missing tensors
         empty: Any = module.bias

@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "gemm.h"
+
 namespace qat {
 
 struct Packed {
@@ -62,6 +64,8 @@ struct Kernels {
   AttendFn attend;
   NormFn norm;
   GateFn gate;
+  GemmFn gemm;
+  const TrainKernels* train;
 };
 
 const Kernels* avx512_kernels();

@@ -154,7 +154,8 @@ class _IntegerLinear(torch.autograd.Function):
         codes, token_scale, weight, weight_codes, scale, zero_point = ctx.saved_tensors
         narrow = ctx.dtype == torch.bfloat16
         grad_MN = grad.reshape(-1, weight.shape[0]).to(ctx.dtype)
-        dx, rest = None, (None, None, None)
+        dx: Tensor | None = None
+        rest: tuple[Tensor | None, ...] = (None, None, None)
         if ctx.needs_input_grad[0]:
             size = weight.shape[-1] // scale.shape[-1]
             fake_NK = torch.ops.qat.grid_dequantize(weight_codes, scale, zero_point, size, narrow)

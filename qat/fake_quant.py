@@ -5,6 +5,8 @@ Where the scale comes from is fixed at construction:
     static    from the observer, once
     learned   static, times (1 + scale_shift) with a learned shift; the shift makes the learning rate relative, and the
               product is plain float32 multiplication, so the same bits on every machine
+On a CPU with the C++ kernels this runs fused (kernels/cpu/train.py), and what a Parameter became is kept until it
+changes.
 Everything that changes is a buffer or parameter with its final shape from construction; `phase` [4] holds
 (observing, quantizing, frozen, bits) and is mirrored in plain ints so that forward never waits for a GPU.
 """
@@ -22,15 +24,30 @@ from qat import estimators, grid
 from qat.errors import UserError, problem
 from qat.estimators import Estimator
 from qat.grid import QParams
+from qat.kernels.cpu import train as fused
 from qat.observers import OBSERVERS, Observer
 from qat.scheme import QuantSpec
 
 SCALE_MODES = ("dynamic", "static", "learned")
+PROBES = 64
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 may have sharded; every process of the job must ask. Same shape as the logical one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a Parameter became, and what tells that it has not changed since.
+
+    Writes count in `Tensor._version`, except those through `.data`; `probe` [<= PROBES], values spread over the weight,
+    tells of these, since an optimizer moves nearly all of them.
+    """
+
+    key: tuple
+    probe: Tensor
+    there: fused.OnGrid
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,7 @@ class FakeQuantize(nn.Module):
         self.zero_shift = nn.Parameter(torch.zeros(scale_shape)) if learns_zero_point else None
         self.now = Phase(bits=spec.bits)
         self.register_buffer("phase", torch.tensor([0, 1, 0, spec.bits], dtype=torch.int32))
+        self._kept: _Kept | None = None
 
     @property
     def current_spec(self) -> QuantSpec:
@@ -88,7 +106,7 @@ class FakeQuantize(nn.Module):
 
     def set_phase(self, phase: Phase) -> None:
         """Change what forward does; recorded in the `phase` buffer."""
-        self.now = phase
+        self.now, self._kept = phase, None
         state = [int(phase.observing), int(phase.quantizing), int(phase.frozen), phase.bits]
         self.phase.copy_(torch.tensor(state, dtype=torch.int32))
 
@@ -99,8 +117,40 @@ class FakeQuantize(nn.Module):
         dtype = dtype or estimators.compute_dtype(x)
         if not self.now.quantizing:
             return x.to(dtype)
+        if fused.refuses(x, dtype) is None:
+            raw, there = self.on_grid(x, dtype)
+            return fused.fake_quantize(x, raw, there, self.current_spec, self.gradients)
         scale, zero_point = self._qparams_for_gradient(x)
         return estimators.fake_quantize(x, scale, zero_point, self.current_spec, self.estimator, dtype)
+
+    @property
+    def gradients(self) -> fused.Gradients:
+        """The estimator, as the fused ops take it."""
+        own = self.estimator
+        return fused.Gradients(own.clipped, own.learns_scale, self.zero_shift is not None)
+
+    def on_grid(self, x: Tensor, dtype: torch.dtype | None) -> tuple[QParams | None, fused.OnGrid]:
+        """Raw scale and zero point that gradients flow to (None when x [..., K] itself decides), and x on its grid.
+
+        Holds values in `dtype`, or int8 codes when it is None. A Parameter's result is kept while neither it nor its
+        grid changes; values only where a backward pass holds them anyway.
+        """
+        spec, raw, rounded = self.current_spec, None, None
+        if self.scale_mode != "dynamic" or self.now.frozen:
+            raw = QParams(*self._qparams_for_gradient(x))
+            with torch.no_grad():
+                rounded = QParams(grid.round_scale(raw.scale, spec), grid.round_zero_point(raw.zero_point, spec))
+        if not isinstance(x, nn.Parameter) or x.is_inference():
+            return raw, fused.on_grid(x, rounded, spec, dtype, dtype is None)
+        key = (x.data_ptr(), x._version, x.shape, x.dtype, spec, dtype)
+        probe = x.detach().flatten()[:: max(1, x.numel() // PROBES)]
+        kept = self._kept
+        if kept is None or kept.key != key or not torch.equal(kept.probe, probe) or _moved(kept.there, rounded, spec):
+            self._kept = kept = None  # freed before the next is made
+            kept = _Kept(key, probe.clone(), fused.on_grid(x, rounded, spec, dtype, dtype is None))
+            if dtype is None or torch.is_grad_enabled():
+                self._kept = kept
+        return raw, kept.there
 
     def _qparams_for_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.scale_mode == "dynamic" and not self.now.frozen:
@@ -150,6 +200,7 @@ class FakeQuantize(nn.Module):
         self.set_phase(replace(self.now, frozen=True))
 
     def _store(self, qparams: QParams) -> None:
+        self._kept = None
         self.scale.copy_(qparams.scale.view(self.scale.shape))
         self.zero_point.copy_(qparams.zero_point.view(self.scale.shape))
         for shift in (self.scale_shift, self.zero_shift):
@@ -158,9 +209,28 @@ class FakeQuantize(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._kept = None
         if self.phase.device.type != "meta":
             observing, quantizing, frozen, bits = self.phase.tolist()
             self.now = Phase(bool(observing), bool(quantizing), bool(frozen), bits)
 
+    def train(self, mode: bool = True) -> FakeQuantize:
+        """As torch; what training kept is freed for evaluation, and the other way round."""
+        if mode != self.training:
+            self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}
+
     def extra_repr(self) -> str:
         return f"{self.spec.describe()}, {self.scale_mode}"
+
+
+def _moved(there: fused.OnGrid, rounded: QParams | None, spec: QuantSpec) -> bool:
+    """Whether a stored or learned grid is no longer the one x was put on; the grid of x itself moves only with x."""
+    if rounded is None:
+        return False
+    if not torch.equal(there.scale.flatten(), rounded.scale.flatten()):
+        return True
+    return not spec.symmetric and not torch.equal(there.zero_point.flatten(), rounded.zero_point.flatten())

@@ -72,6 +72,9 @@ def kernels() -> list[tuple[str, str]]:
 
     compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
     facts = [("c++ compiler", compiler or "none"), ("cpu kernels", cpu.unavailable() or "loaded")]
+    reason = cpu.unavailable()
+    training = f"plain torch ({reason})" if reason else "fused fake quantization; integer matmul where inputs are int8"
+    facts.append(("training on the cpu", training))
     for op in sorted({op for op, _ in KERNELS}):
         facts.append((op, ", ".join(name for name in PREFERENCE["auto"] if (op, name) in KERNELS)))
     return facts

@@ -4,7 +4,9 @@
     wna8_matmul       int8 inputs, n-bit weights:    y = sum over groups of s_x s_w sum (c_x - z_x)(c_w - z_w)
     packed_embedding  rows of a packed table
 
-The integer sums are exact: |c_x c_w| < 2^15, summed over at most 256 values in float32, then over pieces in float32.
+The integer sums are exact: |c_x c_w| < 2^15, summed over at most 256 values in float32, then over pieces in float64.
+Each is rounded to float32 once, and groups are added up with one fused multiply-add each, in order: the C++ kernels
+give the same bits.
 Letters: M input rows (tokens), K in_features, N out_features, G groups, S group size.
 """
 
@@ -60,17 +62,36 @@ def integer_matmul(x_codes: Tensor, x: QParams, w_codes: Tensor, w: QParams, w_s
     y_MN = torch.zeros(x_MK.shape[0], w_NK.shape[0], device=x_codes.device)
     with torch.autocast(x_codes.device.type, enabled=False):  # a bfloat16 result would round the sums
         for g in range(groups):
-            total = torch.zeros_like(y_MN)
+            total = torch.zeros_like(y_MN, dtype=torch.float64)
             for start in range(g * size, (g + 1) * size, EXACT_TERMS):
                 stop = min(start + EXACT_TERMS, (g + 1) * size)
                 total += x_MK[:, start:stop] @ w_NK[:, start:stop].t()
-            y_MN += total * w.scale[..., g].reshape(1, -1)
+            y_MN = fused_multiply_add(total.float(), w.scale[..., g].reshape(1, -1), y_MN)
     return y_MN * x.scale.view(-1, 1)
 
 
 # by the names of the optimized ops: what differs there is how the codes are stored
 w4a16_matmul = w8a16_matmul = wna16_matmul
 w4a8_matmul = w8a8_matmul = wna8_matmul
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a b + c of float32 tensors [...] that broadcast, rounded once, to float32.
+
+    The product is exact in float64. Where its sum with c was itself rounded to the middle between two float32 values,
+    the part lost there decides the direction. No result is
+    below the normal range of float32: scales are 2^-17 or more.
+    """
+    product = a.double() * b.double()
+    total = product + c.double()
+    is_middle = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
+    if is_middle.any():
+        back = total - product
+        lost = (product - (total - back)) + (c - back)
+        # one step of float64 is enough to leave the middle
+        away = torch.nextafter(total, torch.full_like(total, torch.inf).copysign(lost))
+        total = torch.where(is_middle & (lost != 0), away, total)
+    return total.float()
 
 
 def packed_embedding(ids: Tensor, table: PackedTensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from qat import grid
 from qat.estimators import compute_dtype
 from qat.fake_quant import FakeQuantize, whole
+from qat.kernels.cpu import train as fused
 from qat.kernels.reference import integer_matmul
 
 
@@ -63,16 +64,24 @@ class QuantConv1D(nn.Module):
 def _fake_linear(layer: QuantLinear | QuantConv1D, x: Tensor, weight_NK: Tensor) -> Tensor:
     """fq(x) fq(W)^T + b for x [..., K]: [..., N].
 
-    Evaluated without gradients, a layer with quantized inputs multiplies the integers that it will be served with.
+    A layer with quantized inputs multiplies the integers that it will be served with: always on a CPU with the C++
+    kernels, elsewhere when evaluated without gradients.
     """
     weight_fq, input_fq = layer.weight_fake_quant, layer.input_fake_quant
     if input_fq is None:
         return F.linear(x, weight_fq(weight_NK), layer.bias)
-    if layer.training or torch.is_grad_enabled() or not (input_fq.now.quantizing and weight_fq.now.quantizing):
+    specs, dtype = (weight_fq.current_spec, input_fq.current_spec), compute_dtype(x)
+    is_quantizing = input_fq.now.quantizing and weight_fq.now.quantizing
+    is_observing = input_fq.now.observing or weight_fq.now.observing
+    if is_quantizing and not is_observing and fused.linear_refuses(x, weight_NK, *specs, dtype) is None:
+        raw, there = weight_fq.on_grid(weight_NK, None)
+        y = fused.integer_linear(x, weight_NK, raw, there, specs, (weight_fq.gradients, dtype))
+        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+    if layer.training or torch.is_grad_enabled() or not is_quantizing:
         return F.linear(input_fq(x), weight_fq(weight_NK), layer.bias)
     flat, spec = x.reshape(-1, x.shape[-1]), weight_fq.current_spec
     codes = weight_fq.codes(weight_NK), weight_fq.qparams(weight_NK)
-    y = integer_matmul(input_fq.codes(flat), input_fq.qparams(flat), *codes, spec).to(x.dtype).to(compute_dtype(x))
+    y = integer_matmul(input_fq.codes(flat), input_fq.qparams(flat), *codes, spec).to(x.dtype).to(dtype)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 

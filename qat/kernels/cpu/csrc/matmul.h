@@ -19,9 +19,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "gemm.h"
+
 namespace qat {
 
-constexpr int64_t PANEL = 32;  // weight rows
+constexpr int64_t PANEL = PANEL_ROWS;
 
 struct Packed {
   const uint8_t* data;
@@ -85,6 +87,8 @@ struct Kernels {
   NormFn norm;
   GateFn gate;
   RowFn row;
+  GemmFn gemm;
+  const TrainKernels* train;
 };
 
 const Kernels* avx512_kernels();

@@ -1,8 +1,9 @@
 // Packed matmuls for one instruction set; included by avx512.cpp, avxvnni.cpp, avx2.cpp and portable.cpp, each compiled
 // with its own flags. Everything is in an anonymous namespace: no code of one set can be linked into another.
-// Layout and arithmetic are told in matmul.h; the C parameter is the container.
+// After gemm_impl.h. Layout and arithmetic are told in matmul.h; the C parameter is the container.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "matmul.h"
 #include "vec.h"
@@ -13,6 +14,7 @@ using qat::Inputs;
 using qat::Packed;
 using qat::PANEL;
 
+constexpr int64_t MANY = 24;  // int8 rows from which unpacking first is faster
 constexpr int step_inputs(int container) { return 32 / container; }  // int8 inputs that one pair of lines takes
 
 inline int32_t four(const int8_t* at) {
@@ -205,11 +207,50 @@ inline void rows_of(const Packed& w, const Inputs& in, int64_t m, int64_t p, flo
   }
 }
 
+// One panel as the bytes that `gemm` reads: lines of four inputs, an unsigned weight in each byte.
+template <int C>
+void unpack(const Packed& w, int64_t p, uint8_t* out, uint16_t* scales) {
+  const uint8_t* at = w.data + p * w.panel_bytes;
+  constexpr int parts = 8 / C;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    for (int64_t j = 0; j < w.group / step_inputs(C); ++j, at += 128) {
+      for (int part = 0; part < parts; ++part, out += 128)
+        for (int i = 0; i < 128; ++i) out[i] = at[i] >> (C * part) & ((1 << C) - 1);
+    }
+    std::memcpy(scales + PANEL * g, at, 64);
+    at += 64;
+  }
+}
+
+// Many rows: each weight is unpacked once for all of them.
+template <int C>
+void many_rows(const Packed& w, const Inputs& in, int64_t count, int64_t begin, int64_t end, float* y, int64_t ldy) {
+  std::vector<uint8_t> lines(w.padded() * PANEL);
+  std::vector<uint16_t> scales(w.groups * PANEL);
+  std::vector<float> both(in.planes == 2 ? count * PANEL : 0);
+  for (int64_t p = begin; p < end; ++p) {
+    unpack<C>(w, p, lines.data(), scales.data());
+    const uint8_t* zeros = w.data + p * w.panel_bytes + w.groups * w.group_bytes;
+    const int8_t* own = w.has_zeros ? reinterpret_cast<const int8_t*>(zeros) : nullptr;
+    const qat::Panel panel{lines.data(), scales.data(), own, w.groups, w.group, w.offset};
+    const int64_t rows = std::min<int64_t>(PANEL, w.n - p * PANEL);
+    if (in.planes == 1) {
+      gemm(panel, in, 0, count, y + p * PANEL, ldy, rows);
+      continue;
+    }
+    gemm(panel, in, 0, count, both.data(), PANEL, rows);
+    for (int64_t i = 0; i < count / 2; ++i)
+      for (int64_t r = 0; r < rows; ++r)
+        y[i * ldy + p * PANEL + r] = both[2 * i * PANEL + r] + both[(2 * i + 1) * PANEL + r];
+  }
+}
+
 template <int C, bool ZEROS>
 void integer_panels(const Packed& w, const Inputs& in, int64_t m_count, int64_t begin, int64_t end, float* y,
                     int64_t ldy) {
   // inputs inside: a panel stays in cache while all input rows pass over it
   const int64_t count = m_count * in.planes;
+  if (count >= MANY) return many_rows<C>(w, in, count, begin, end, y, ldy);
   for (int64_t p = begin; p < end; ++p) {
     int64_t m = 0;
     for (; m + 6 <= count; m += 6) rows_of<6, C, ZEROS>(w, in, m, p, y, ldy);

@@ -95,6 +95,9 @@ ONLY_IN = {
     "matplotlib": {"qat/report"},
     "transformers": {"qat/models.py", "qat/data.py", "qat/nn/kv.py", "qat/export.py", "scripts"},
     "gguf": {"qat/models.py"},
+    "starlette": {"qat/serve/server.py"},
+    "uvicorn": {"qat/serve/server.py"},
+    "prometheus_client": {"qat/serve/server.py"},
     "pickle": set(),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -10,8 +12,12 @@ from tiny_runs import same_process, tiny_run
 
 from qat import pipeline
 from qat.cli.main import main
+from qat.config import ModelConfig
 from qat.errors import UserError
-from qat.serve.generate import answer, load_for_generation
+from qat.models import load_tokenizer
+from qat.serve.generate import encode_prompt, reply
+from qat.serve.load import read_export, serve
+from qat.serve.sampling import Sampling
 
 PROMPTS = ["The miller sees", "At dawn the old king paints two apples and a lamp", "Once"]
 
@@ -30,11 +36,13 @@ def export(request, tmp_path_factory, tiny_model_dir, tiny_jsonl):
 
 
 @torch.no_grad()
-def argmax_loop(model, tokenizer, prompt: str, count: int) -> str:
+def argmax_loop(export, prompt: str, count: int, backend: str) -> str:
     """Greedy decoding without a cache: the whole sequence again for every token."""
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    model, tokenizer = (
+        serve(read_export(export), torch.bfloat16, backend),
+        load_tokenizer(ModelConfig(path=str(export))),
+    )
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     start = ids.shape[1]
     for _ in range(count):
         with torch.autocast("cpu", torch.bfloat16):
@@ -45,17 +53,16 @@ def argmax_loop(model, tokenizer, prompt: str, count: int) -> str:
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
 
 
-def test_greedy_answer_is_the_argmax_at_every_step(export):
-    model, tokenizer = load_for_generation(export)
-    answers = answer(model, tokenizer, PROMPTS[:1], 16)
-    assert answers == [argmax_loop(model, tokenizer, PROMPTS[0], 16)]
-    assert len(set(answers[0].split())) > 2
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_greedy_answer_is_the_argmax_at_every_step(export, backend):
+    answers, tokens, _ = reply(export, PROMPTS[:1], Sampling(max_tokens=16), backend)
+    assert answers == [argmax_loop(export, PROMPTS[0], 16, "reference")]
+    assert len(set(answers[0].split())) > 2 and 1 < tokens <= 16
 
 
-def test_padded_batch_answers_as_single_prompts(export):
-    model, tokenizer = load_for_generation(export)
-    together = answer(model, tokenizer, PROMPTS, 12)
-    assert together == [answer(model, tokenizer, [prompt], 12)[0] for prompt in PROMPTS]
+def test_answers_together_are_those_of_single_prompts(export):
+    together = reply(export, PROMPTS, Sampling(max_tokens=12))[0]
+    assert together == [reply(export, [prompt], Sampling(max_tokens=12))[0][0] for prompt in PROMPTS]
     assert len(set(together)) > 1
 
 
@@ -71,46 +78,63 @@ def test_temperature_samples_and_a_seed_repeats_it(export, capsys):
     assert [pair["prompt"] for pair in first] == PROMPTS
 
 
-def test_answer_has_at_most_the_tokens_asked_for(export):
-    model, tokenizer = load_for_generation(export)
-    long = answer(model, tokenizer, PROMPTS[:1], 8)[0]
-    short = answer(model, tokenizer, PROMPTS[:1], 2)[0]
-    assert long.startswith(short)
-    assert len(short) < len(long)
+def test_answer_has_at_most_the_tokens_asked_for_and_streams_as_it_is(export):
+    heard: list[str] = []
+    long = reply(export, PROMPTS[:1], Sampling(max_tokens=8), listen=heard.append)[0][0]
+    short, tokens, _ = reply(export, PROMPTS[:1], Sampling(max_tokens=2))
+    assert long.startswith(short[0]) and len(short[0]) < len(long) and tokens == 2
+    assert "".join(heard).strip() == long and len(heard) > 1
 
 
 def test_every_backend_gives_the_same_answer_or_is_refused(export):
     answers = {}
     for backend in ("as_trained", "dense", "reference"):
         try:
-            model, tokenizer = load_for_generation(export, backend)
+            answers[backend] = reply(export, PROMPTS, Sampling(max_tokens=8), backend)[0]
         except UserError as error:
             # int8 inputs are multiplied as integers only
-            assert "kernel for w8a8_matmul" in str(error)
-            continue
-        answers[backend] = answer(model, tokenizer, PROMPTS, 8)
+            assert "kernel for wna8_matmul" in str(error) or "a8_matmul" in str(error)
     assert {"as_trained", "reference"} <= set(answers)
     assert all(given == answers["as_trained"] for given in answers.values())
 
 
 def test_unknown_backend_is_refused_with_those_there_are(export):
     with pytest.raises(UserError, match=r"backend must be one of \[.*'reference'\], got refrence. Did you mean"):
-        load_for_generation(export, "refrence")
+        reply(export, PROMPTS, Sampling(), "refrence")
 
 
-def test_tokenizer_without_template_completes_the_plain_prompt(export):
-    model, tokenizer = load_for_generation(export)
-    with_template = answer(model, tokenizer, ["The miller"], 6)
+def test_tokenizer_without_template_completes_the_plain_prompt(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    assert tokenizer.decode(encode_prompt(tokenizer, "The miller")).endswith("<|im_start|>assistant\n")
     tokenizer.chat_template = None
-    ids = tokenizer("The miller", return_tensors="pt", add_special_tokens=False)["input_ids"]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    plain = answer(model, tokenizer, ["The miller"], 6)
-    assert plain == [tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()]
-    assert plain != with_template
+    assert tokenizer.decode(encode_prompt(tokenizer, "The miller")) == "The miller"
 
 
-@pytest.mark.parametrize("wrong", ["--max-new-tokens=0", "--temperature=-1"])
-def test_impossible_lengths_and_temperatures_are_refused(export, wrong, capsys):
-    assert main(["generate", str(export), "hi", wrong]) == 2
-    assert "must be at least 1 and temperature at least 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--max-new-tokens=0", "max_tokens: must be a whole number of at least 1, got 0"),
+        ("--temperature=nan", "temperature: must be a number from 0 to 100, got nan"),
+        ("--top-p=0", "top_p: must be a number above 0"),
+        ("--stop=", "stop: must be at most"),
+    ],
+)
+def test_impossible_options_are_refused(qat, export, wrong, message):
+    code, _, error = qat("generate", export, "hi", wrong)
+    assert code == 2 and message in error
+
+
+def test_generate_stops_at_a_text_and_says_its_speed(qat, export):
+    whole = json.loads(qat("generate", export, PROMPTS[0], "--json", "--max-new-tokens=12")[1])[0]["answer"]
+    stop = whole[4:7]
+    code, out, error = qat("generate", export, PROMPTS[0], "--json", "--max-new-tokens=12", "--stop", stop)
+    assert code == 0 and json.loads(out)[0]["answer"] == whole.partition(stop)[0].strip()
+    assert re.search(r"\d+ tokens, [\d.]+ per second", error)
+
+
+def test_repetition_penalty_changes_the_answer(qat, export):
+    plain, punished = (
+        qat("generate", export, PROMPTS[0], "--max-new-tokens=24", f"--repetition-penalty={value}")[1]
+        for value in (1, 5)
+    )
+    assert plain != punished

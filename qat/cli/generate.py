@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 from qat.cli.sampling import sampling, sampling_arguments
@@ -35,9 +34,7 @@ def run(args: argparse.Namespace) -> int:
     def listen(text: str) -> None:
         print(text, end="", flush=True)
 
-    started = time.perf_counter()
-    answers, tokens = reply(args.folder, args.prompts, options, args.backend, listen if is_live else None)
-    seconds = time.perf_counter() - started
+    answers, tokens, seconds = reply(args.folder, args.prompts, options, args.backend, listen if is_live else None)
     if args.json:
         print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(args.prompts, answers, strict=True)]))
     elif is_live:
@@ -45,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         for prompt, answer in zip(args.prompts, answers, strict=True):
             print(f"> {prompt}\n{answer}\n")
-    say(f"{tokens} tokens, {tokens / seconds:.1f} per second with loading")
+    say(f"{tokens} tokens, {tokens / seconds:.1f} per second")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,8 +95,8 @@ def reply(
     sampling: Sampling,
     backend: str = "auto",
     listen: Callable[[str], None] | None = None,
-) -> tuple[list[str], int]:
-    """One answer per prompt of an export folder, all decoded together, and how many tokens they have in all.
+) -> tuple[list[str], int, float]:
+    """One answer per prompt of an export folder, all decoded together; tokens of all answers; seconds without loading.
 
     Args:
         sampling: prompt number n is sampled with its seed plus n.
@@ -114,13 +115,15 @@ def reply(
         options = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
         hear = _ear(events[number], listen if number == 0 else None)
         sequences.append(Sequence(tokens, options, tokenizer, hear))
+    started = time.perf_counter()
     run_to_end(runner, sequences, end_tokens(packed, tokenizer, folder))
+    seconds = time.perf_counter() - started
     for prompt, heard in zip(prompts, events, strict=True):
         if heard[-1].error:
             fix = "Verify the export: qat verify FOLDER."
             raise UserError(problem(f"answer to {prompt[:40]!r}", "must be computable", heard[-1].error, fix))
     answers = ["".join(event.text for event in heard).strip() for heard in events]
-    return answers, sum(len(sequence.answer) for sequence in sequences)
+    return answers, sum(len(sequence.answer) for sequence in sequences), seconds
 
 
 def _ear(heard: list[Event], listen: Callable[[str], None] | None) -> Callable[[Event], None]:

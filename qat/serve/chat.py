@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -60,11 +61,17 @@ class Conversation:
     def _run(self, sequence: Sequence) -> None:
         batch = Batch(self.model.runner, self.model.ends)
         batch.add(sequence)
-        while batch.slots:
-            try:
+
+        def cancel(*signal_and_frame: object) -> None:
+            sequence.is_cancelled = True
+
+        # an exception at any point of a step could leave it half done
+        before = signal.signal(signal.SIGINT, cancel)
+        try:
+            while batch.slots:
                 batch.step()
-            except KeyboardInterrupt:
-                sequence.is_cancelled = True
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _options(self) -> Sampling:
         """Each turn is drawn with a seed of its own."""

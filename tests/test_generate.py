@@ -16,7 +16,8 @@ from qat.config import ModelConfig
 from qat.errors import UserError
 from qat.models import load_tokenizer
 from qat.serve.generate import encode_prompt, reply
-from qat.serve.load import read_export, serve
+from qat.serve.load import read_export
+from qat.serve.runner import open_runner
 from qat.serve.sampling import Sampling
 
 PROMPTS = ["The miller sees", "At dawn the old king paints two apples and a lamp", "Once"]
@@ -35,28 +36,21 @@ def export(request, tmp_path_factory, tiny_model_dir, tiny_jsonl):
     return run / "export/compressed_tensors"
 
 
-@torch.no_grad()
 def argmax_loop(export, prompt: str, count: int, backend: str) -> str:
     """Greedy decoding without a cache: the whole sequence again for every token."""
-    model, tokenizer = (
-        serve(read_export(export), torch.bfloat16, backend),
-        load_tokenizer(ModelConfig(path=str(export))),
-    )
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
-    start = ids.shape[1]
-    for _ in range(count):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits
-        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-        if int(ids[0, -1]) == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    runner, tokenizer = open_runner(read_export(export), 256, 1, backend), load_tokenizer(ModelConfig(path=str(export)))
+    ids = encode_prompt(tokenizer, prompt)
+    start = len(ids)
+    while len(ids) < start + count and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
+        slots, last = torch.zeros(len(ids), dtype=torch.long), torch.tensor([len(ids) - 1])
+        ids.append(int(runner.forward(torch.tensor(ids), slots, torch.arange(len(ids)), last).argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_greedy_answer_is_the_argmax_at_every_step(export, backend):
     answers, tokens, _ = reply(export, PROMPTS[:1], Sampling(max_tokens=16), backend)
-    assert answers == [argmax_loop(export, PROMPTS[0], 16, "reference")]
+    assert answers == [argmax_loop(export, PROMPTS[0], 16, backend)]
     assert len(set(answers[0].split())) > 2 and 1 < tokens <= 16
 
 

@@ -53,7 +53,10 @@ class LayerRunner:
         """Logits [len(keep), V] of the next rows of one sequence."""
         cache = self._caches.pop(slot, None) if start else None
         with torch.autocast("cpu", torch.bfloat16):
-            out = self._model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            mask = torch.ones(1, start + ids.numel(), dtype=torch.long)
+            out = self._model(
+                ids[None], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep
+            )
         self._caches[slot] = out.past_key_values
         return out.logits[0].float()
 

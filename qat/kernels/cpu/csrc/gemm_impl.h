@@ -46,14 +46,13 @@ void tile(const qat::Panel& w, const qat::Inputs& in, int64_t m, float* y, int64
   const int32_t* sums = in.sums + m * w.groups;
   __m512 total[MR][2];
   for (int i = 0; i < MR; ++i) total[i][0] = total[i][1] = _mm512_setzero_ps();
-  const __m512i offset = _mm512_set1_epi32(-w.offset);
   for (int64_t g = 0; g < w.groups; ++g, x += w.group) {
     __m512i acc[MR][2];
     for (int i = 0; i < MR; ++i) {
-      const __m512i sum = _mm512_set1_epi32(sums[i * w.groups + g]);
       if (SYMMETRIC) {
-        acc[i][0] = acc[i][1] = _mm512_mullo_epi32(offset, sum);
+        acc[i][0] = acc[i][1] = _mm512_set1_epi32(-w.offset * sums[i * w.groups + g]);
       } else {
+        const __m512i sum = _mm512_set1_epi32(sums[i * w.groups + g]);
         const __m512i zero = _mm512_setzero_si512();
         for (int b = 0; b < 2; ++b) {
           const __m512i offsets = panel_offsets(w.zeros + 32 * g + 16 * b, w.offset);

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MATERIALS := $(VENV)/.materials
 
-.PHONY: quickstart test lint setup bench clean
+.PHONY: quickstart test lint setup bench bench-peers bench-decode bench-ops clean
 
 quickstart: $(MATERIALS)
 	$(BIN)/qat train recipe=smollm2_quickstart overwrite=true
@@ -22,6 +22,16 @@ lint: $(INSTALLED)
 bench: $(MATERIALS)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/peers torchao==0.18.0
 	PYTHONPATH=build/peers $(BIN)/python scripts/bench_step.py
+
+# the contenders of the two below, in build/peers-env; minutes, for llama.cpp is compiled for this machine
+bench-peers:
+	$(PYTHON) scripts/bench_peers.py
+
+bench-decode: $(MATERIALS)
+	$(BIN)/python scripts/bench_decode.py --busy
+
+bench-ops: $(MATERIALS)
+	$(BIN)/python scripts/bench_ops.py
 
 setup: $(INSTALLED)
 

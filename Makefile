@@ -49,7 +49,7 @@ FUZZ_SECONDS ?= 45
 # the hook with an older transformers, beside the environment
 OLDER := 5.17.0
 test-transformers: $(INSTALLED)
-	$(BIN)/pip install -q --no-deps --upgrade --target build/transformers-$(OLDER) transformers==$(OLDER)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/transformers-$(OLDER) transformers==$(OLDER) 'huggingface-hub<2'
 	PYTHONPATH=build/transformers-$(OLDER) $(BIN)/python -c "import transformers; assert transformers.__version__ == '$(OLDER)'"
 	PYTHONPATH=build/transformers-$(OLDER) $(BIN)/python -m pytest tests/test_stock.py
 

@@ -28,11 +28,11 @@ TEXT = (
 )
 # Mean KL in nats from the float32 model on TEXT, by what stands in the contender's name. Rounding this small model to
 # 4 bits without training is coarse; 8 bits and bf16 are not. A wrong kernel is at several nats.
-LIMITS = {"w4": 1.0, "Q4_0": 1.0, "Q8_0": 0.03, "F16": 0.03, "bf16": 0.03}
+LIMITS = {"w4": 2.0, "Q4_0": 2.0, "Q8_0": 0.03, "F16": 0.03, "bf16": 0.03}
 # Our engine against transformers on the same packed weights. int8 inputs of an untrained rounding amplify any rounding:
 # a code that flips changes all later layers. So the limit is a multiple of what rounding the embeddings of the same
-# model to bf16 changes, and 0.02 where nothing flips.
-SAME_WEIGHTS, SAME_WEIGHTS_FACTOR = 0.02, 4.0
+# model to bf16 changes (the cache rounds in every layer, that only once), and 0.02 where nothing flips.
+SAME_WEIGHTS, SAME_WEIGHTS_FACTOR = 0.02, 6.0
 
 
 def kl(wanted: Tensor, found: Tensor) -> float:

@@ -60,7 +60,7 @@ def cpu_copy(weight: cpu.CpuWeight) -> cpu.CpuWeight:
     return cpu.CpuWeight(weight.blob.clone(), weight.n, weight.k, weight.group, weight.bits)
 
 
-Op = tuple[float, list[Callable[[Tensor], Tensor]], PackedTensor]  # bytes of the weight, one callable per copy, truth
+Op = tuple[float, list[Any], PackedTensor]  # bytes of the weight, one callable per copy, truth
 
 
 def our_ops(w4: PackedTensor, w8: PackedTensor) -> dict[str, Op]:

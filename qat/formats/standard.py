@@ -49,7 +49,8 @@ def scheme_of(name: str, group: dict[str, Any]) -> QuantScheme:
 
 def spec_of(where: str, given: dict[str, Any], is_activation: bool = False) -> QuantSpec:
     """The grid that QuantizationArgs name."""
-    strategy, bits = given.get("strategy"), given.get("num_bits")
+    strategy: Any = given.get("strategy")
+    bits: Any = given.get("num_bits")
     allowed = ("token", "tensor") if is_activation else ("tensor", "channel", "group")
     dynamic = given.get("dynamic", False)
     if given.get("type") != "int" or strategy not in allowed or given.get("actorder") or not isinstance(dynamic, bool):

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,11 @@ def peer_ops(w4: PackedTensor) -> dict[str, Callable[[], Op]]:
     """ONNX Runtime and OpenVINO on the same int4 weight; both want a session per thread count, made by `threads`."""
     threads = torch.get_num_threads()
     size = float(w4.nbytes)
-    made: dict[str, Callable[[], Op]] = {
-        f"onnxruntime acc {level}": lambda level=level: (size, ort_op(w4, level, threads, copies(size)), w4)
-        for level in (4, 0)
-    }
-    made["openvino u4"] = lambda: (size, openvino_op(w4, threads, copies(size)), w4)
+    count = copies(size)
+    made: dict[str, Callable[[], Op]] = {}
+    for level in (4, 0):
+        made[f"onnxruntime acc {level}"] = partial(lambda level: (size, ort_op(w4, level, threads, count), w4), level)
+    made["openvino u4"] = lambda: (size, openvino_op(w4, threads, count), w4)
     return made
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qat.packing import PackedTensor
 
@@ -25,7 +24,7 @@ def nibbles(weight: PackedTensor) -> Any:
     return weight.packed.numpy()
 
 
-def ort_op(weight: PackedTensor, level: int, threads: int, count: int) -> list[Callable[[Tensor], Tensor]]:
+def ort_op(weight: PackedTensor, level: int, threads: int, count: int) -> list[Any]:
     """MatMulNBits with that accuracy level: 4 computes with int8 inputs, 0 with float ones."""
     import onnx
     import onnxruntime
@@ -53,10 +52,18 @@ def ort_op(weight: PackedTensor, level: int, threads: int, count: int) -> list[C
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     data = model.SerializeToString()
     sessions = [onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"]) for _ in range(count)]
-    return [lambda x, s=s: torch.from_numpy(s.run(None, {"x": x.numpy()})[0]) for s in sessions]
+    return [partial(_ort_run, session) for session in sessions]
 
 
-def openvino_op(weight: PackedTensor, threads: int, count: int) -> list[Callable[[Tensor], Tensor]]:
+def _ort_run(session: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def _openvino_run(request: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(next(iter(request.infer([x.numpy()]).values())))
+
+
+def openvino_op(weight: PackedTensor, threads: int, count: int) -> list[Any]:
     """A u4 constant with float16 scales; the plugin keeps it in 4 bits and quantizes inputs in groups of 32."""
     import numpy as np
     import openvino
@@ -80,5 +87,5 @@ def openvino_op(weight: PackedTensor, threads: int, count: int) -> list[Callable
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = size
         request = core.compile_model(model, "CPU", settings).create_infer_request()
-        calls.append(lambda x, r=request: torch.from_numpy(next(iter(r.infer([x.numpy()]).values()))))
+        calls.append(partial(_openvino_run, request))
     return calls

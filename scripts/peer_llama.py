@@ -111,7 +111,8 @@ def main() -> None:
                 held[name] = {"llama_cpp": Native, "xllamacpp": Wheel}[sys.argv[1]](**request)
                 answer: Any = True
             elif verb == "quantize":
-                answer = quantize(**request)
+                quantize(**request)
+                answer = True
             else:
                 answer = getattr(held[name], verb)(**request)
             reply = {"answer": answer}

@@ -66,7 +66,8 @@ class Wheel:
     """A model held by the xllamacpp wheel; one server for each number of threads."""
 
     def __init__(self, file: str, positions: int):
-        self.file, self.positions, self.servers = file, positions, {}
+        self.file, self.positions = file, positions
+        self.servers: dict[int, Any] = {}
 
     def measure(self, prompt: list[int], steps: list[int], threads: int) -> list[float]:
         """Seconds of the prompt and of one further token, as its server reports them."""

@@ -25,16 +25,18 @@ READER = """
 #include <cstdint>
 #include <cstddef>
 typedef int64_t wide __attribute__((vector_size(64)));
-extern "C" int64_t read_all(const wide* data, size_t count) {
-  wide a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0};
-  for (size_t i = 0; i + 8 <= count; i += 8) {
-    for (int j = 0; j < 8; ++j) __builtin_prefetch(data + i + 64 + j);
-    a += data[i]; b += data[i + 1]; c += data[i + 2]; d += data[i + 3];
-    e += data[i + 4]; f += data[i + 5]; g += data[i + 6]; h += data[i + 7];
-  }
-  a += b + c + d + e + f + g + h;
-  return a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
+template <int streams> int64_t read(const wide* data, size_t count) {
+  wide sums[streams] = {};
+  const size_t part = count / streams;
+  for (size_t i = 0; i + 2 <= part; i += 2)
+    for (int s = 0; s < streams; ++s) sums[s] += data[s * part + i] + data[s * part + i + 1];
+  int64_t total = 0;
+  for (int s = 0; s < streams; ++s) for (int j = 0; j < 8; ++j) total += sums[s][j];
+  return total;
 }
+extern "C" int64_t read_1(const wide* data, size_t count) { return read<1>(data, count); }
+extern "C" int64_t read_4(const wide* data, size_t count) { return read<4>(data, count); }
+extern "C" int64_t read_8(const wide* data, size_t count) { return read<8>(data, count); }
 """
 
 
@@ -82,10 +84,10 @@ def check_quiet(noisy: bool) -> float:
 
 
 @cache
-def _reader() -> Any:
-    """The compiled reading loop, or None without a compiler."""
+def _readers() -> dict[str, Any]:
+    """Compiled loops that read so many places in turn; none without a compiler."""
     if shutil.which("g++") is None:
-        return None
+        return {}
     folder = Path(tempfile.mkdtemp(prefix="qat_reader_"))
     (folder / "read.cpp").write_text(READER)
     command = [
@@ -99,10 +101,12 @@ def _reader() -> Any:
         str(folder / "read.cpp"),
     ]
     subprocess.run(command, check=True, capture_output=True)
-    function = ctypes.CDLL(str(folder / "read.so")).read_all
+    library = ctypes.CDLL(str(folder / "read.so"))
     shutil.rmtree(folder)
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int64
-    return function
+    functions = {f"{streams} streams": library[f"read_{streams}"] for streams in (1, 4, 8)}
+    for function in functions.values():
+        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_int64
+    return functions
 
 
 def read_bandwidth(threads: int) -> dict[str, float]:
@@ -111,13 +115,14 @@ def read_bandwidth(threads: int) -> dict[str, float]:
     block += 1
     torch.set_num_threads(threads)
     found = {"torch sum": _best(block.sum)}
-    reader = _reader()
-    if reader is not None:
-        start, part = (block.data_ptr() + 63) // 64 * 64, (BLOCK - 64) // threads // 64
-        with ThreadPoolExecutor(threads) as pool:
-            found["compiled"] = _best(
-                lambda: list(pool.map(lambda i: reader(start + i * part * 64, part), range(threads)))
-            )
+    start, part = (block.data_ptr() + 63) // 64 * 64, (BLOCK - 64) // threads // 64
+    with ThreadPoolExecutor(threads) as pool:
+        for name, reader in _readers().items():
+
+            def read(reader: Any = reader) -> None:
+                list(pool.map(lambda i: reader(start + i * part * 64, part), range(threads)))
+
+            found[name] = _best(read)
     return found
 
 

@@ -93,7 +93,7 @@ ONLY_IN = {
     "wandb": {"qat/metrics.py"},
     "datasets": {"qat/data.py"},
     "matplotlib": {"qat/report"},
-    "transformers": {"qat/models.py", "qat/data.py", "qat/nn/kv.py", "qat/export.py", "scripts"},
+    "transformers": {"qat/models.py", "qat/data.py", "qat/nn/kv.py", "qat/export.py", "qat/serve/stock.py", "scripts"},
     "gguf": {"qat/models.py"},
     "pickle": set(),
 }

@@ -14,6 +14,7 @@ Letters: M input rows, N out_features, K in_features, G groups per row, S group 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,9 @@ def _places() -> list[Path]:
 
     spec = find_spec("qat.kernels.cpu")
     folders = list(spec.submodule_search_locations or []) if spec else []
+    other = os.environ.get("QAT_CPU_LIBRARY")  # another build, such as that of `make test-sanitize`
+    if other:
+        return [Path(other)]
     return [LIBRARY, *(Path(folder) / LIBRARY.name for folder in folders)]
 
 

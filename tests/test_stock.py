@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,11 +23,16 @@ SCHEMES = ["w4a16_g32", "w4a16_g32_asym", "w4a16_row_asym", "w4a8_g32", "w8a8", 
 IDS = torch.tensor([[5, 17, 100, 42, 7, 9, 250]])
 
 
+stock.restore()  # collecting this file must not change what other tests load
+
+
 @pytest.fixture(autouse=True)
 def as_trained():
+    stock.install()
     stock.use("as_trained")
     yield
     stock.use("auto")
+    stock.restore()
 
 
 def exported(folder, packed):
@@ -44,6 +51,16 @@ def test_from_pretrained_gives_the_logits_of_serve(tiny_model_dir, tmp_path, sch
     assert kinds.count(PackedLinear) == 15 and kinds.count(PackedEmbedding) == 1 and torch.nn.Linear not in kinds
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, serve(packed)(IDS).logits)
+
+
+def test_one_import_is_enough(tiny_model_dir, tmp_path):
+    folder = exported(tmp_path, packed_model(tiny_model_dir, "w4a16_g32"))
+    code = (
+        "import sys, qat.serve.stock; from transformers import AutoModelForCausalLM; "
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(model.model.layers[0].mlp.up_proj).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "PackedLinear"
 
 
 def test_auto_agrees_with_the_arithmetic_of_training(tiny_model_dir, tmp_path):
@@ -141,7 +158,7 @@ def test_folder_of_compressed_tensors_own_compressor_loads(tiny_model_dir, tmp_p
     try:
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     finally:
-        stock.AUTO_QUANTIZER_MAPPING[stock.METHOD] = stock.PackedLoading
+        stock.install()
     with torch.no_grad():
         wanted = theirs(IDS).logits
         # theirs divides 8-bit inputs by 127.5, ours by 127

@@ -121,7 +121,7 @@ class Engine:
         weakref.finalize(self, torch.ops.qat.engine_free, torch.empty(0), self._handle)
 
     def _linears(self, model: PackedModel, layers: int) -> list[list[tuple[cpu.CpuWeight, int]]]:
-        """Laid-out weights and their planes: the table, then q k v, o, gate up and down of every layer, then the head."""
+        """Laid-out weights and their planes: the table, then q k v, o, gate up, down of every layer, then the head."""
         head = [_part(model, [_head_name(model)])]
         table = head if _head_name(model) == TABLE else [_part(model, [TABLE])]
         linears = [table]

@@ -138,9 +138,14 @@ def use(backend: str) -> None:
     PackedLoading.backend = backend
 
 
+def install() -> None:
+    """Serve compressed-tensors folders; importing this module does it."""
+    AUTO_QUANTIZER_MAPPING[METHOD] = PackedLoading
+
+
 def restore() -> None:
     """Give transformers its own loading back."""
     AUTO_QUANTIZER_MAPPING[METHOD] = CompressedTensorsHfQuantizer
 
 
-AUTO_QUANTIZER_MAPPING[METHOD] = PackedLoading
+install()

@@ -57,7 +57,8 @@ def test_one_import_is_enough(tiny_model_dir, tmp_path):
     folder = exported(tmp_path, packed_model(tiny_model_dir, "w4a16_g32"))
     code = (
         "import sys, qat.serve.stock; from transformers import AutoModelForCausalLM; "
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(model.model.layers[0].mlp.up_proj).__name__)"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+        "print(type(model.model.layers[0].mlp.up_proj).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "PackedLinear"

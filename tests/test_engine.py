@@ -14,7 +14,7 @@ from qat.kernels import cpu
 from qat.models import load_model
 from qat.nn.kv import install_kv
 from qat.scheme import PlanRule, QuantPlan
-from qat.serve.engine import Engine, generate, refuses
+from qat.serve.engine import Engine, refuses
 from qat.serve.load import serve
 
 needs_library = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"C++ kernels: {cpu.unavailable()}")
@@ -69,14 +69,12 @@ def assert_same_logits(packed, ids: torch.Tensor, int8_cache: bool | None = None
     assert (torch.cat(found) - wanted).abs().max() <= ENGINE_LOGITS * wanted.abs().max()
 
 
-def planned(folder, rules: dict[str, str | None], embedding: str | None, change=None):
+def planned(folder, rules: dict[str, str | None], embedding: str | None):
     model = load_model(ModelConfig(path=str(folder)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
-    if change is not None:
-        change(model)
     made = tuple(PlanRule(match, load_scheme(name) if name else None) for match, name in rules.items())
     head = load_scheme(embedding) if embedding else None
     coverage = insert(model, QuantPlan(made, load_scheme("w4a8_g32"), head), FakeQuantOptions())
@@ -145,40 +143,6 @@ def test_engine_gives_the_same_bits_with_any_number_of_threads(tiny_model_dir):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
-
-
-@needs_library
-def test_sequences_decoded_together_equal_sequences_decoded_alone(tiny_model_dir):
-    packed = packed_model(tiny_model_dir, "w4a16_g32")
-    prompts = [prompt(length).tolist() for length in (5, 11, 3)]
-    together = generate(Engine(packed, 64, 3), prompts, 12, eos=set())
-    alone = [generate(Engine(packed, 64, 1), [one], 12, eos=set())[0] for one in prompts]
-    assert together == alone and all(len(answer) == 12 for answer in together)
-
-
-@needs_library
-def test_generate_stops_at_the_end_token_and_keeps_the_others_going(tiny_model_dir):
-    packed = packed_model(tiny_model_dir, "w4a16_g32")
-    prompts = [prompt(5).tolist(), prompt(11).tolist()]
-    free = generate(Engine(packed, 64, 2), prompts, 10, eos=set())
-    end = free[0][3]
-    stopped = generate(Engine(packed, 64, 2), prompts, 10, eos={end})
-    for all_tokens, kept in zip(free, stopped, strict=True):
-        assert kept == (all_tokens[: all_tokens.index(end)] if end in all_tokens else all_tokens)
-
-
-@needs_library
-def test_sampling_follows_its_seed(tiny_model_dir):
-    engine = Engine(packed_model(tiny_model_dir, "w4a16_g32"), 64, 1)
-    draws = [generate(engine, [prompt(5).tolist()], 20, set(), temperature=5.0, seed=seed)[0] for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-
-
-@needs_library
-def test_generate_refuses_what_does_not_fit(tiny_model_dir):
-    engine = Engine(packed_model(tiny_model_dir, "w4a16_g32"), 16, 1)
-    with pytest.raises(UserError, match=r"engine: holds 1 sequences of 16, got 1 sequences of up to 17"):
-        generate(engine, [prompt(5).tolist()], 12, set())
 
 
 @needs_library

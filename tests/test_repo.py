@@ -103,6 +103,9 @@ ONLY_IN = {
         "scripts",
     },
     "gguf": {"qat/models.py"},
+    "starlette": {"qat/serve/server.py"},
+    "uvicorn": {"qat/serve/server.py"},
+    "prometheus_client": {"qat/serve/server.py"},
     "pickle": set(),
 }
 

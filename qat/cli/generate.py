@@ -7,36 +7,43 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from pathlib import Path
 
-from qat.errors import UserError, problem
+from qat.cli.sampling import sampling, sampling_arguments
+from qat.progress import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Folder, prompts, length, temperature, kernel."""
+    """Folder, prompts, sampling, kernel."""
     parser.add_argument("folder", type=Path, help="export folder")
     parser.add_argument("prompts", nargs="+")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
+    sampling_arguments(parser, 64)
     parser.add_argument("--backend", default="auto", help="auto (decode engine if it can), or cpu, dense, reference")
     parser.add_argument("--json", action="store_true", help="print a JSON list of {prompt, answer}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the answers."""
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        given = f"{args.max_new_tokens} and {args.temperature}"
-        wanted = "max-new-tokens must be at least 1 and temperature at least 0"
-        raise UserError(problem("qat generate", wanted, given, "Leave them out for the defaults."))
+    """Print the answers, one that stands alone on a terminal as it is written."""
+    options = sampling(args)
 
     from qat.serve.generate import reply
 
-    answers = reply(args.folder, args.prompts, args.max_new_tokens, args.temperature, args.seed, args.backend)
-    pairs = [{"prompt": p, "answer": a} for p, a in zip(args.prompts, answers, strict=True)]
+    is_live = len(args.prompts) == 1 and not args.json and sys.stdout.isatty()
+
+    def listen(text: str) -> None:
+        print(text, end="", flush=True)
+
+    started = time.perf_counter()
+    answers, tokens = reply(args.folder, args.prompts, options, args.backend, listen if is_live else None)
+    seconds = time.perf_counter() - started
     if args.json:
-        print(json.dumps(pairs))
-        return 0
-    for pair in pairs:
-        print(f"> {pair['prompt']}\n{pair['answer']}\n")
+        print(json.dumps([{"prompt": p, "answer": a} for p, a in zip(args.prompts, answers, strict=True)]))
+    elif is_live:
+        print()
+    else:
+        for prompt, answer in zip(args.prompts, answers, strict=True):
+            print(f"> {prompt}\n{answer}\n")
+    say(f"{tokens} tokens, {tokens / seconds:.1f} per second with loading")
     return 0

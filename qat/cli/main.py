@@ -24,6 +24,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("qat.cli.export", "Pack a finished run again"),
     "verify": ("qat.cli.verify", "Prove that an export holds the codes of training"),
     "generate": ("qat.cli.generate", "Text from a packed model"),
+    "chat": ("qat.cli.chat", "A conversation with a packed model in the terminal"),
+    "serve": ("qat.cli.serve", "An OpenAI-compatible server for a packed model"),
     "inspect": ("qat.cli.inspect", "What is in a run folder, an export, a model folder or a safetensors file"),
 }
 

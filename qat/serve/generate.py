@@ -1,76 +1,134 @@
-"""Text from a packed model: through the decode engine when it can run the model, else transformers' `generate`."""
+"""An export folder ready to write text, prompts as tokens, and answers to a list of prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qat.config import ModelConfig
+from qat.errors import UserError, problem
+from qat.formats.folder import read_json
+from qat.formats.packed_model import PackedModel
 from qat.models import load_tokenizer
-from qat.progress import say
-from qat.serve import engine
-from qat.serve.load import read_export, serve
+from qat.serve.batching import Event, Sequence, run_to_end
+from qat.serve.load import read_export
+from qat.serve.runner import open_runner
+from qat.serve.sampling import Sampling
+
+Messages = list[dict[str, str]]
 
 
-def load_for_generation(folder: Path, backend: str = "auto") -> tuple[Any, Any]:
-    """Packed model (bf16 matmuls) and tokenizer of an export folder."""
-    return serve(read_export(folder), torch.bfloat16, backend), load_tokenizer(ModelConfig(path=str(folder)))
+def end_tokens(packed: PackedModel, tokenizer: Any, folder: Path) -> set[int]:
+    """Tokens that end an answer: those of the tokenizer, of config.json and of generation_config.json."""
+    file = folder / "generation_config.json"
+    held = [packed.config, read_json(file) if file.is_file() else {}, {"eos_token_id": tokenizer.eos_token_id}]
+    ends: set[int] = set()
+    for config in held:
+        tokens = config.get("eos_token_id")
+        ends.update(tokens if isinstance(tokens, list) else [] if tokens is None else [tokens])
+    return ends
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that is to be gone on with, begun as the tokenizer begins texts."""
+    return _encode(tokenizer, text, True)
+
+
+def encode_chat(tokenizer: Any, messages: Messages) -> list[int]:
+    """Tokens of a conversation (dicts of role and content) and of the beginning of the assistant's next turn.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the template refuses the messages.
+    """
+    import jinja2
+
+    if not tokenizer.chat_template:
+        fix = "Complete a plain text instead: qat generate, or /v1/completions."
+        raise UserError(problem("messages", "the tokenizer must have a chat template", "none", fix))
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        fix = "Change roles or order of the messages."
+        raise UserError(problem("messages", "must suit the model's chat template", error, fix)) from None
+    return _encode(tokenizer, text, False)  # the template writes the special tokens
+
+
+def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(problem("prompt", "must be Unicode text", error, "Remove half surrogate pairs.")) from None
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt as the user's turn when the tokenizer has a chat template, else as plain text."""
+    if tokenizer.chat_template:
+        return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+    return encode_text(tokenizer, prompt)
+
+
+@dataclass
+class TextModel:
+    """A runner (see `runner.py`), its tokenizer, and the tokens that end an answer."""
+
+    runner: Any
+    tokenizer: Any
+    ends: set[int]
+    name: str
+
+
+def open_model(folder: Path, positions: int, slots: int, backend: str = "auto") -> TextModel:
+    """An export folder with `slots` sequences of up to `positions` tokens at a time."""
+    packed = read_export(folder)
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
+    ends = end_tokens(packed, tokenizer, folder)
+    return TextModel(open_runner(packed, positions, slots, backend), tokenizer, ends, folder.resolve().name)
 
 
 def reply(
     folder: Path,
     prompts: list[str],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling,
     backend: str = "auto",
-) -> list[str]:
-    """One continuation per prompt of an export folder.
+    listen: Callable[[str], None] | None = None,
+) -> tuple[list[str], int]:
+    """One answer per prompt of an export folder, all decoded together, and how many tokens they have in all.
 
     Args:
-        temperature: 0 is greedy.
-        backend: auto (the engine if it can), or a kernel of `kernels.dispatch` under transformers' `generate`.
+        sampling: prompt number n is sampled with its seed plus n.
+        backend: auto (the engine if it can), or a kernel of `kernels.dispatch` under transformers.
+        listen: called with each piece of text of the first answer.
+    Raises:
+        UserError: an answer failed; the text names its prompt.
     """
     packed = read_export(folder)
     tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
-    reason = engine.refuses(packed) if backend == "auto" else "another backend was asked for"
-    if reason is not None:
-        say(f"decode engine: not used ({reason}); transformers generates on packed layers")
-        torch.manual_seed(seed)
-        return answer(serve(packed, torch.bfloat16, backend), tokenizer, prompts, max_new_tokens, temperature)
-    ids = [tokenizer(_as_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
-    runner = engine.Engine(packed, max(map(len, ids)) + max_new_tokens, len(prompts))
-    new = engine.generate(runner, ids, max_new_tokens, {tokenizer.eos_token_id}, temperature, seed)
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    runner = open_runner(packed, max(map(len, ids)) + sampling.max_tokens, len(ids), backend)
+    events: list[list[Event]] = [[] for _ in prompts]
+    sequences = []
+    for number, tokens in enumerate(ids):
+        options = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)
+        hear = _ear(events[number], listen if number == 0 else None)
+        sequences.append(Sequence(tokens, options, tokenizer, hear))
+    run_to_end(runner, sequences, end_tokens(packed, tokenizer, folder))
+    for prompt, heard in zip(prompts, events, strict=True):
+        if heard[-1].error:
+            fix = "Verify the export: qat verify FOLDER."
+            raise UserError(problem(f"answer to {prompt[:40]!r}", "must be computable", heard[-1].error, fix))
+    answers = ["".join(event.text for event in heard).strip() for heard in events]
+    return answers, sum(len(sequence.answer) for sequence in sequences)
 
 
-@torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-    """One continuation per prompt, all in one batch; through the chat template when the tokenizer has one.
+def _ear(heard: list[Event], listen: Callable[[str], None] | None) -> Callable[[Event], None]:
+    """Keeps events, and passes their text on."""
 
-    Args:
-        temperature: 0 is greedy.
-    """
-    texts = [_as_chat(tokenizer, prompt) for prompt in prompts]
-    tokenizer.padding_side = "left"
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model.generate(
-            **{key: inputs[key] for key in ("input_ids", "attention_mask")},
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **sampling,
-        )
-    new = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    def hear(event: Event) -> None:
+        heard.append(event)
+        if listen and event.text:
+            listen(event.text)
 
-
-def _as_chat(tokenizer: Any, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        return prompt
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return hear

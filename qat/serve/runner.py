@@ -1,0 +1,72 @@
+"""What runs the tokens of a batch: the decode engine, or transformers on packed layers with the engine's methods.
+
+A `Runner` has `positions`, `slots`, `vocabulary`, `forward` and `best`; see `engine.Engine`.
+Letters: M rows of a call, S scored rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.formats.packed_model import PackedModel
+from qat.progress import say
+from qat.serve import engine
+from qat.serve.load import serve
+
+
+class LayerRunner:
+    """Any causal LM of transformers on packed layers, a cache for each slot; sequences run one after another.
+
+    Args:
+        backend: the kernel of the packed layers, see `kernels.dispatch`.
+    """
+
+    def __init__(self, packed: PackedModel, positions: int, slots: int, backend: str = "auto"):
+        self._model = serve(packed, torch.bfloat16, backend)
+        config = self._model.config.get_text_config()
+        self.positions = min(positions, getattr(config, "max_position_embeddings", None) or positions)
+        self.slots, self.vocabulary = slots, config.vocab_size
+        self._caches: dict[int, Any] = {}
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor) -> Tensor:
+        """Run rows [M] of token ids at their slots and positions; logits [S, V] float32 of the rows `scored` [S].
+
+        Rows of one sequence must come in order of position and go on where its cache ends; position 0 begins a new one.
+        """
+        logits = torch.full((scored.numel(), self.vocabulary), torch.nan)
+        for one in slot.unique().tolist():
+            rows = (slot == one).nonzero().flatten()
+            wanted = torch.isin(scored, rows).nonzero().flatten()
+            places = torch.searchsorted(rows, scored[wanted])
+            # a model always scores something: the last row where nothing is asked for
+            keep = places if places.numel() else torch.tensor([rows.numel() - 1])
+            found = self._run(one, ids[rows], int(position[rows[0]]), keep)
+            if places.numel():
+                logits[wanted] = found
+        return logits
+
+    def _run(self, slot: int, ids: Tensor, start: int, keep: Tensor) -> Tensor:
+        """Logits [len(keep), V] of the next rows of one sequence."""
+        cache = self._caches.pop(slot, None) if start else None
+        with torch.autocast("cpu", torch.bfloat16):
+            out = self._model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        self._caches[slot] = out.past_key_values
+        return out.logits[0].float()
+
+    def best(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor) -> Tensor:
+        """As `forward`, but the most likely token [S] int64 of each scored row; -1 for a row whose logits are NaN."""
+        logits = self.forward(ids, slot, position, scored)
+        return torch.where(torch.isfinite(logits).all(-1), logits.argmax(-1), -1)
+
+
+def open_runner(packed: PackedModel, positions: int, slots: int, backend: str = "auto") -> Any:
+    """The decode engine when backend is auto and it can run the model; else transformers, and a line that says why."""
+    reason = engine.refuses(packed) if backend == "auto" else f"backend {backend} was asked for"
+    if reason is None:
+        return engine.Engine(packed, positions, slots)
+    say(f"decode engine: not used ({reason}); transformers runs the model on packed layers")
+    return LayerRunner(packed, positions, slots, backend)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MATERIALS := $(VENV)/.materials
 
-.PHONY: quickstart test lint setup bench clean
+.PHONY: quickstart test lint setup bench bench-peers bench-decode bench-ops test-sanitize test-transformers clean
 
 quickstart: $(MATERIALS)
 	$(BIN)/qat train recipe=smollm2_quickstart overwrite=true
@@ -22,6 +22,36 @@ lint: $(INSTALLED)
 bench: $(MATERIALS)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/peers torchao==0.18.0
 	PYTHONPATH=build/peers $(BIN)/python scripts/bench_step.py
+
+# the contenders of the two below, in build/peers-env; minutes, for llama.cpp is compiled for this machine
+bench-peers:
+	$(PYTHON) scripts/bench_peers.py
+
+bench-decode: $(MATERIALS)
+	$(BIN)/python scripts/bench_decode.py --busy
+
+bench-ops: $(MATERIALS)
+	$(BIN)/python scripts/bench_ops.py
+
+# the C++ kernels under address and undefined-behaviour sanitizers, fuzzed on each instruction set
+SANITIZED := build/sanitize
+test-sanitize: $(INSTALLED)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DQAT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build $(SANITIZED)
+	for isa in avx512 avx2 portable; do QAT_MAX_ISA=$$isa QAT_CPU_LIBRARY=$(abspath $(SANITIZED))/qat_cpu.so OMP_NUM_THREADS=2 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python tests/fuzz_kernels.py --seconds $(FUZZ_SECONDS) || exit 1; done
+
+FUZZ_SECONDS ?= 45
+
+# the hook with an older transformers, beside the environment
+OLDER := 5.17.0
+test-transformers: $(INSTALLED)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/transformers-$(OLDER) transformers==$(OLDER) 'huggingface-hub<2'
+	PYTHONPATH=build/transformers-$(OLDER) $(BIN)/python -c "import transformers; assert transformers.__version__ == '$(OLDER)'"
+	PYTHONPATH=build/transformers-$(OLDER) $(BIN)/python -m pytest tests/test_stock.py
 
 setup: $(INSTALLED)
 

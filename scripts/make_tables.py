@@ -11,17 +11,26 @@ import json
 import sys
 from pathlib import Path
 
-from qat.report.table import bench_table, markdown_table, summary_table
+from qat.report.table import bench_table, decode_table, markdown_table, ops_table, summary_table
 
 
 def make_blocks(folder: Path) -> dict[str, dict[str, str]]:
     """File under the root -> block name -> Markdown."""
     found = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     runs = [data for data in found.values() if "recipe" in data]
-    bench = bench_table(found["bench_step.json"]) if "bench_step.json" in found else "Not measured yet.\n"
+    tables = {
+        "bench_step": bench_table,
+        "bench_decode": decode_table,
+        "bench_decode_llama-3.2-1b": decode_table,
+        "bench_ops": ops_table,
+    }
+    bench = {
+        name: make(found[f"{name}.json"]) if f"{name}.json" in found else "Not measured yet.\n"
+        for name, make in tables.items()
+    }
     summary = summary_table(runs) if runs else "Not measured yet.\n"
     full = [f"### {run['recipe']}\n\n```\n{run['command']}\n```\n\n{markdown_table(run)}" for run in runs]
-    blocks = {"results": summary, "bench_step": bench}
+    blocks = {"results": summary} | bench
     return {"README.md": blocks, "recipes/README.md": blocks | {"results": "\n".join([summary, *full])}}
 
 
@@ -40,8 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a file is out of date")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="repository root")
     args = parser.parse_args(arguments)
-    stale, unplaced = [], {"results", "bench_step"}
-    for file, blocks in make_blocks(args.root / "docs" / "results").items():
+    made = make_blocks(args.root / "docs" / "results")
+    # only what was measured needs a place
+    measured = {path.stem for path in (args.root / "docs" / "results").glob("bench_*.json")}
+    stale, unplaced = [], {"results", "bench_step"} | (measured & set(made["README.md"]))
+    for file, blocks in made.items():
         old = new = (args.root / file).read_text(encoding="utf-8")
         for name, block in blocks.items():
             if (filled := fill(new, name, block)) is not None:

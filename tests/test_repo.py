@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "paths", "config"},
     "data": {"errors", "paths", "config"},
     "evaluate": {"progress", "models"},
-    "serve": {"errors", "config", "progress", "packing", "kernels", "nn", "formats", "models"},
+    "serve": {"errors", "config", "progress", "kernels", "nn", "formats", "models"},
     "train": {"errors", "progress", "metrics", "fake_quant", "nn", "models", "data"},
     "checkpoint": {"errors"},
     "run_folder": {"errors", "progress", "paths", "config"},
@@ -86,18 +86,23 @@ NEVER = [("kernels", "nn"), ("kernels", "train"), ("train", "formats"), ("format
 
 # Package -> the only places that may import it.
 ONLY_IN = {
-    "hydra": {"qat/cli", "scripts"},
-    "omegaconf": {"qat/cli", "scripts"},
+    **dict.fromkeys(("hydra", "omegaconf"), {"qat/cli", "scripts"}),
     "lightning": {"qat/train"},
     "triton": {"qat/kernels/triton"},
     "wandb": {"qat/metrics.py"},
     "datasets": {"qat/data.py"},
     "matplotlib": {"qat/report"},
-    "transformers": {"qat/models.py", "qat/data.py", "qat/nn/kv.py", "qat/export.py", "scripts"},
+    "transformers": {
+        "qat/models.py",
+        "qat/data.py",
+        "qat/nn/kv.py",
+        "qat/export.py",
+        "qat/serve/stock.py",
+        "qat/serve/rotary.py",
+        "scripts",
+    },
     "gguf": {"qat/models.py"},
-    "starlette": {"qat/serve/server.py"},
-    "uvicorn": {"qat/serve/server.py"},
-    "prometheus_client": {"qat/serve/server.py"},
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), {"qat/serve/server.py"}),
     "pickle": set(),
 }
 

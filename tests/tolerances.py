@@ -38,5 +38,5 @@ PERPLEXITY = 1e-3
 # Scale of a rounded row: a sum of squares or an exponential in another order or polynomial, float32 (2^-24 each).
 ROW_SCALE = 1e-5
 
-# Attention: queries as two int8 planes (2^-15 of the largest), an exponential with relative error 2e-7, sums of 300 shares.
+# Attention: queries as two int8 planes (2^-15 of the largest), an exponential with relative error 2e-7, 300 shares.
 CPU_ATTENTION = {"rtol": 1e-3, "atol": 2e-4}

@@ -156,9 +156,17 @@ def stored_weight(model: PackedModel, name: str) -> dict[str, Tensor]:
     return stored
 
 
-def loaded_weight(model: PackedModel, name: str, tensors: dict[str, Tensor]) -> PackedTensor:
-    """Weight `name` from its tensors; every shape and dtype is checked before it is used."""
-    spec, as_int = model.schemes[name].weight, container(model, name) == INT_QUANTIZED
+def loaded_weight(
+    model: PackedModel, name: str, tensors: dict[str, Tensor], as_int: bool | None = None
+) -> PackedTensor:
+    """Weight `name` from its tensors; every shape and dtype is checked before it is used.
+
+    Args:
+        as_int: stored int-quantized; None for the container that `write` chooses.
+    """
+    spec = model.schemes[name].weight
+    if as_int is None:
+        as_int = container(model, name) == INT_QUANTIZED
     check_aliases(model, name, tensors)
     shape = tuple(tensors[name].shape) if as_int else loaded_shape(name, tensors)
     if not 2 <= len(shape) <= 3 or min(shape) < 1:

@@ -189,6 +189,61 @@ def bench_table(bench: dict[str, Any]) -> str:
     return f"{_markdown(header, lines)}\n{where}\n"
 
 
+def decode_table(bench: dict[str, Any]) -> str:
+    """Tokens per second of the contenders in Markdown, quiet and with a busy core, and who was absent."""
+
+    def speed(row: dict[str, Any], key: str) -> str:
+        if key not in row:
+            return MISSING
+        low, high = row[f"{key}_spread"]
+        return f"{row[key]:.0f} ({low:.0f} – {high:.0f})"
+
+    def lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+        return [
+            (
+                row["name"],
+                str(row["threads"]),
+                *(speed(row, key) for key in ("decode", "decode_1024", "prefill")),
+                number_text(row["megabytes_per_token"], ".1f"),
+                f"{row['share_of_bandwidth']:.0%}",
+            )
+            for row in rows
+        ]
+
+    header = ("Contender", "Threads", "Decode tok/s", "at 1024", "Prefill tok/s", "MB / token", "of read bandwidth")
+    text = _markdown(header, lines(bench["rows"]))
+    if bench.get("busy_rows"):
+        text += "\nWith another process keeping one core busy:\n\n" + _markdown(header, lines(bench["busy_rows"]))
+    return f"{text}\n{_bench_note(bench)}\n"
+
+
+def ops_table(bench: dict[str, Any]) -> str:
+    """Microseconds of one op on every contender in Markdown, with bandwidth for a single row."""
+    lines = [
+        (
+            row["op"],
+            row["name"],
+            str(row["threads"]),
+            str(row["m"]),
+            number_text(row["microseconds"], ".1f"),
+            f"{row['spread'][0]:.1f} – {row['spread'][1]:.1f}",
+            number_text(row.get("gigabytes_per_second"), ".1f"),
+            MISSING if row.get("share_of_bandwidth") is None else f"{row['share_of_bandwidth']:.0%}",
+        )
+        for row in bench["rows"]
+    ]
+    header = ("Op", "Contender", "Threads", "Rows", "Median µs", "spread", "GB/s", "of read bandwidth")
+    return f"{_markdown(header, lines)}\n{_bench_note(bench)}\n"
+
+
+def _bench_note(bench: dict[str, Any]) -> str:
+    machine = bench["machine"]
+    peaks = ", ".join(f"{max(found.values()):.1f} GB/s with {n}" for n, found in bench["bandwidth"].items())
+    text = f"{machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}; read bandwidth {peaks} threads."
+    text += "".join(f" Absent: {name} ({reason})." for name, reason in bench["absent"].items())
+    return text if bench["quiet"] else f"{text} **Others used the machine during this run.**"
+
+
 def perplexity_text(value: float | None) -> str:
     """Two decimals, none from 1000 on."""
     return number_text(value, ",.0f" if value is not None and value >= 1000 else ".2f")

@@ -5,8 +5,8 @@ Weights are laid out once (q, k, v merged, gate and up merged); the cache is sta
 with int8 inputs with int8 inputs: what is served is what was trained. `refuses` says which models it cannot run; those
 go through transformers' `generate` on packed layers.
 
-Weights that a plan keeps in float are served as bfloat16. Layers may have different schemes. The number of threads follows
-the times of the steps: a core that another process keeps busy is left alone.
+Weights that a plan keeps in float are served as bfloat16. Layers may have different schemes. The number of threads
+follows the times of the steps: a core that another process keeps busy is left alone.
 
 Letters: M rows of a call (tokens of any sequences), S scored rows, H hidden size, V vocabulary, T positions of a slot.
 """
@@ -121,7 +121,7 @@ class Engine:
         weakref.finalize(self, torch.ops.qat.engine_free, torch.empty(0), self._handle)
 
     def _linears(self, model: PackedModel, layers: int) -> list[list[tuple[cpu.CpuWeight, int]]]:
-        """Laid-out weights and their planes: the table, then q k v, o, gate up and down of every layer, then the head."""
+        """Laid-out weights and their planes: the table, then q k v, o, gate up, down of every layer, then the head."""
         head = [_part(model, [_head_name(model)])]
         table = head if _head_name(model) == TABLE else [_part(model, [TABLE])]
         linears = [table]
@@ -142,7 +142,8 @@ class Engine:
             for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
                 floats.append(model.floats.get(f"{base}{name}.weight", none).float().contiguous())
             biases = [model.floats.get(f"{base}self_attn.{name}_proj.bias") for name in "qkv"]
-            floats.append(torch.cat([b.float() for b in biases if b is not None]) if biases[0] is not None else none)
+            given = [bias.float() for bias in biases if bias is not None]
+            floats.append(torch.cat(given) if given else none)
         return floats
 
     def forward(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 
 def rotary_frequencies(config: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies [D / 2] of a model's rotary embedding and the factor of its cosines, as transformers makes them.
+    """Inverse frequencies [D / 2] of a model's rotary embedding, and the factor of its cosines.
 
     Args:
         config: content of config.json.

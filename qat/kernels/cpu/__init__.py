@@ -1,19 +1,20 @@
 """The C++ kernels: loading the library, laying weights out for it, and its ops.
 
-The library stands beside this file when it was built (see CMakeLists.txt); one binary holds AVX-512 VNNI, AVX-VNNI, AVX2
-and portable code and chooses when it is first used (QAT_MAX_ISA=avxvnni, avx2 or portable limits it, for tests). Without it
-`unavailable()` says why and the other backends serve.
+The library stands beside this file when it was built (see CMakeLists.txt); one binary holds AVX-512 VNNI, AVX-VNNI,
+AVX2 and portable code and chooses when it is first used (QAT_MAX_ISA=avxvnni, avx2 or portable limits it, for tests).
+Without it `unavailable()` says why and the other backends serve.
 
-Each op has the name of its reference in `kernels/reference.py`: `torch.ops.qat.w4a8_matmul` and so on. `w4` takes weights
-of 2 to 4 bits, `w8` of 5 to 8; `a8` rounds inputs to int8 per token, or to a stored grid, as schemes with int8 inputs train
-them; `a16` takes float inputs, carried as two int8 rows x = s1 q1 + s2 q2 with an error of about 2^-15 of the largest. A
-row of inputs that is not finite gives a row of NaN. The layout of a weight is drawn in csrc/matmul.h.
+Each op has the name of its reference in `kernels/reference.py`: `torch.ops.qat.w4a8_matmul` and so on. `w4` takes
+weights of 2 to 4 bits, `w8` of 5 to 8; `a8` rounds inputs to int8 per token, or to a stored grid, as schemes with int8
+inputs train them; `a16` takes float inputs, carried as two int8 rows x = s1 q1 + s2 q2 with an error of about 2^-15 of
+the largest. A row of inputs that is not finite gives a row of NaN. The layout of a weight is drawn in csrc/matmul.h.
 
 Letters: M input rows, N out_features, K in_features, G groups per row, S group size, P panels of 32 rows, D head size.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,9 @@ def _places() -> list[Path]:
 
     spec = find_spec("qat.kernels.cpu")
     folders = list(spec.submodule_search_locations or []) if spec else []
+    other = os.environ.get("QAT_CPU_LIBRARY")  # another build, such as that of `make test-sanitize`
+    if other:
+        return [Path(other)]
     return [LIBRARY, *(Path(folder) / LIBRARY.name for folder in folders)]
 
 
@@ -103,7 +107,7 @@ def refuses(weight: PackedTensor) -> str | None:
 
 
 def refuses_input(spec: QuantSpec) -> str | None:
-    """Why the kernels cannot quantize inputs on this grid, or None: int8, one symmetric scale per token or a stored grid."""
+    """Why the kernels cannot quantize inputs on this grid, or None: int8, one scale a token or a stored grid."""
     if spec.bits == 8 and (not spec.dynamic or (spec.symmetric and spec.granularity == "token")):
         return None
     return f"inputs must be int8 sym per token or static, got {spec.describe()}"
@@ -165,7 +169,11 @@ def _by_panel(q: Tensor) -> Tensor:
 
 
 def matmul(op: str, x: Tensor, weight: CpuWeight, *static: QParams | None) -> Tensor:
-    """x [..., K] of any float dtype through the op named `op`: [..., N] in x's dtype; `static` is the a8 ops' stored grid."""
+    """x [..., K] of any float dtype through the op named `op`: [..., N] in x's dtype.
+
+    Args:
+        static: the stored input grid of a8 ops; None or absent for one scale per token.
+    """
     x_MK = x.reshape(-1, x.shape[-1]).float().contiguous()
     run = getattr(torch.ops.qat, op)
     if op.endswith("a8_matmul"):

@@ -29,6 +29,19 @@ void fit(Rounded& r, const Wanted& w, int64_t rows) {
   r.scales.resize(std::max(r.scales.size(), n));
 }
 
+// Memory has a first answer on its way while the threads meet: the start of a stream that is read next.
+void fetch(const uint8_t* at, int64_t bytes) {
+  for (int64_t i = 0; i < std::min<int64_t>(bytes, 4096); i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
+void fetch_share(const Linear& next, const Team& team, int member) {
+  int64_t begin = next.panels * member / team.size();
+  for (const Part& part : next.parts) {
+    if (begin < part.weight.panels) return fetch(part.weight.data + begin * part.weight.panel_bytes, 4096);
+    begin -= part.weight.panels;
+  }
+}
+
 void round_row(const float* x, const Linear& linear, size_t which, int64_t row, Rounded& r, float* rest) {
   const Wanted& w = linear.wanted[which];
   const int64_t padded = w.group * w.groups;
@@ -172,6 +185,19 @@ void Engine::append(const Call& call, Scratch& mine, int64_t l, int64_t row, int
   kernels().append(cache(l, call.slot[row], kv_head), key, value, call.position[row], d);
 }
 
+// Keys and values that this thread's share of the attention begins with.
+void Engine::fetch_cache(const Call& call, const Team& team, int member, int64_t l) {
+  const int64_t jobs = call.m * shape.kv_heads * call.splits, end = jobs * (member + 1) / team.size();
+  const int64_t bytes = shape.head_dim * (shape.int8_cache ? 1 : 2);
+  for (int64_t job = jobs * member / team.size(); job < end; ++job) {
+    const int64_t row = job / call.splits / shape.kv_heads, first = job % call.splits * SPLIT;
+    const int64_t count = call.position[row] + 1 - first;
+    const Cache c = cache(l, call.slot[row], job / call.splits % shape.kv_heads);
+    fetch(c.keys + first * bytes, count * bytes);
+    fetch(c.values + first * bytes, count * bytes);
+  }
+}
+
 void Engine::attention(Call& call, Team& team, int member, int64_t l) {
   const Shape& s = shape;
   const Layer& layer = layers[l];
@@ -203,6 +229,7 @@ void Engine::attention(Call& call, Team& team, int member, int64_t l) {
                        1.f / std::sqrt(static_cast<float>(d)), partial);
     }
   });
+  if (call.own) fetch_share(layer.out, team, member);
   team.barrier();
 }
 
@@ -225,6 +252,7 @@ void Engine::run(Call& call, Team& team, int member) {
       if (l == 0) kernels().row(table, call.ids[i], x + i * h);
       return normed(i, layer.norm1, l > 0, out);
     }, qkv_.data(), nothing);
+    if (call.own) fetch_cache(call, team, member, static_cast<int64_t>(l));
     team.barrier();
     attention(call, team, member, static_cast<int64_t>(l));
     multiply(call, team, member, layer.out, m, [&](int64_t i, float* out) {
@@ -235,15 +263,18 @@ void Engine::run(Call& call, Team& team, int member) {
                        s.heads * (d + 2), d, out + head * d);
       return out;
     }, y_.data(), nothing);
+    if (call.own) fetch_share(layer.gate_up, team, member);
     team.barrier();
     multiply(call, team, member, layer.gate_up, m,
              [&](int64_t i, float* out) { return normed(i, layer.norm2, true, out); }, inner_.data(), nothing);
+    if (call.own) fetch_share(layer.down, team, member);
     team.barrier();
     multiply(call, team, member, layer.down, m, [&](int64_t i, float* out) {
       const float* both = inner_.data() + i * 2 * s.inner;
       kernels().gate(both, both + s.inner, s.inner, out);
       return out;
     }, y_.data(), nothing);
+    if (call.own) fetch_share(l + 1 < layers.size() ? layers[l + 1].qkv : head, team, member);
     team.barrier();
   }
   if (call.scored_count == 0) return;

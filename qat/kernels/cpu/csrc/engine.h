@@ -89,6 +89,7 @@ struct Engine {
   void multiply(Call& call, Team& team, int member, const Linear& w, int64_t rows, const Row& make, float* y,
                 const After& after);
   void attention(Call& call, Team& team, int member, int64_t layer);
+  void fetch_cache(const Call& call, const Team& team, int member, int64_t layer);
   void rotate(float* head, int64_t position, const float* own_norm) const;
   void append(const Call& call, Scratch& mine, int64_t layer, int64_t row, int64_t kv_head);
   Cache cache(int64_t layer, int64_t slot, int64_t kv_head);

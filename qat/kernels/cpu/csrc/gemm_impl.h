@@ -39,21 +39,22 @@ inline __m512i panel_offsets(const int8_t* zeros, int offset) {
 
 // MR input rows times 32 weight rows: 2 MR integer and 2 MR float accumulators stay in registers at MR = 6, and 12
 // independent vpdpbusd hide its latency. The inputs are broadcast from memory, four at a time.
-template <int MR, bool SYMMETRIC>
+// S != 0 is a group size known to the compiler.
+template <int MR, bool SYMMETRIC, int S>
 void tile(const qat::Panel& w, const qat::Inputs& in, int64_t m, float* y, int64_t ldy, int64_t rows) {
   const uint8_t* line = w.lines;
   const int8_t* x = in.codes + m * in.stride;
   const int32_t* sums = in.sums + m * w.groups;
   __m512 total[MR][2];
   for (int i = 0; i < MR; ++i) total[i][0] = total[i][1] = _mm512_setzero_ps();
-  const __m512i offset = _mm512_set1_epi32(-w.offset);
-  for (int64_t g = 0; g < w.groups; ++g, x += w.group) {
+  const int64_t group = S ? S : w.group;
+  for (int64_t g = 0; g < w.groups; ++g, x += group) {
     __m512i acc[MR][2];
     for (int i = 0; i < MR; ++i) {
-      const __m512i sum = _mm512_set1_epi32(sums[i * w.groups + g]);
       if (SYMMETRIC) {
-        acc[i][0] = acc[i][1] = _mm512_mullo_epi32(offset, sum);
+        acc[i][0] = acc[i][1] = _mm512_set1_epi32(-w.offset * sums[i * w.groups + g]);
       } else {
+        const __m512i sum = _mm512_set1_epi32(sums[i * w.groups + g]);
         const __m512i zero = _mm512_setzero_si512();
         for (int b = 0; b < 2; ++b) {
           const __m512i offsets = panel_offsets(w.zeros + 32 * g + 16 * b, w.offset);
@@ -61,8 +62,8 @@ void tile(const qat::Panel& w, const qat::Inputs& in, int64_t m, float* y, int64
         }
       }
     }
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < w.group; j += 4, line += 128) {
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < group; j += 4, line += 128) {
       const __m512i first = _mm512_loadu_si512(line), second = _mm512_loadu_si512(line + 64);
       for (int i = 0; i < MR; ++i) {
         const __m512i inputs = _mm512_set1_epi32(four_inputs(x + i * in.stride + j));
@@ -85,25 +86,24 @@ void tile(const qat::Panel& w, const qat::Inputs& in, int64_t m, float* y, int64
   }
 }
 
-template <bool SYMMETRIC>
+template <bool SYMMETRIC, int S>
 void gemm_rows(const qat::Panel& w, const qat::Inputs& in, int64_t m, int64_t m_end, float* y, int64_t ldy,
                int64_t rows) {
-  for (; m + 6 <= m_end; m += 6) tile<6, SYMMETRIC>(w, in, m, y, ldy, rows);
+  for (; m + 6 <= m_end; m += 6) tile<6, SYMMETRIC, S>(w, in, m, y, ldy, rows);
   switch (m_end - m) {
-    case 5: return tile<5, SYMMETRIC>(w, in, m, y, ldy, rows);
-    case 4: return tile<4, SYMMETRIC>(w, in, m, y, ldy, rows);
-    case 3: return tile<3, SYMMETRIC>(w, in, m, y, ldy, rows);
-    case 2: return tile<2, SYMMETRIC>(w, in, m, y, ldy, rows);
-    case 1: return tile<1, SYMMETRIC>(w, in, m, y, ldy, rows);
+    case 5: return tile<5, SYMMETRIC, S>(w, in, m, y, ldy, rows);
+    case 4: return tile<4, SYMMETRIC, S>(w, in, m, y, ldy, rows);
+    case 3: return tile<3, SYMMETRIC, S>(w, in, m, y, ldy, rows);
+    case 2: return tile<2, SYMMETRIC, S>(w, in, m, y, ldy, rows);
+    case 1: return tile<1, SYMMETRIC, S>(w, in, m, y, ldy, rows);
   }
 }
 
 void gemm(const qat::Panel& w, const qat::Inputs& in, int64_t m_begin, int64_t m_end, float* y, int64_t ldy,
           int64_t rows) {
-  if (w.zeros)
-    gemm_rows<false>(w, in, m_begin, m_end, y, ldy, rows);
-  else
-    gemm_rows<true>(w, in, m_begin, m_end, y, ldy, rows);
+  if (w.zeros) return gemm_rows<false, 0>(w, in, m_begin, m_end, y, ldy, rows);
+  if (w.group == 32) return gemm_rows<true, 32>(w, in, m_begin, m_end, y, ldy, rows);
+  gemm_rows<true, 0>(w, in, m_begin, m_end, y, ldy, rows);
 }
 
 #elif defined(__AVX2__)

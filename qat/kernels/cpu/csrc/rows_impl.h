@@ -11,15 +11,37 @@
 
 namespace {
 
-// As qat/grid.py rounds: x / scale in float32, half to even, clamped to [-128, 127].
+// As qat/grid.py rounds: x / scale in float32, half to even, clamped to [-128, 127]. Sixteen values, as whole numbers.
+inline i16 codes16(v16 x, v16 scale) {
+  const v16 shifter = all(0x1.8p23f);  // adding it rounds to a whole number, half to even, and keeps it in the low bits
+  const i16 codes = reinterpret_cast<i16>(x / scale + shifter) - reinterpret_cast<i16>(shifter);
+  const i16 low = i16{} - 128, high = i16{} + 127;
+  const i16 above = codes < low ? low : codes;
+  return above > high ? high : above;
+}
+
+inline int32_t sum16(i16 v) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += v[i];
+  return sum;
+}
+
+// Sixteen values from x, zeros behind the last of `left`.
+inline v16 load_some(const float* x, int64_t left) {
+  if (left >= 16) return load<v16>(x);
+  v16 v{};
+  std::memcpy(&v, x, std::max<int64_t>(0, left) * sizeof(float));
+  return v;
+}
+
 void quantize(const float* x, int64_t k, int64_t padded, int64_t group, int8_t* codes, int32_t* sums, float* scale) {
-  int32_t top = 0;  // bits of |x| compare like |x|, and those of infinities and NaN are larger than any number's
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < k; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    top = std::max(top, bits & 0x7fffffff);
+  i16 bits{};  // of |x|: they compare like |x|, and those of infinities and NaN are larger than any number's
+  for (int64_t i = 0; i < k; i += 16) {
+    const i16 own = reinterpret_cast<i16>(load_some(x + i, k - i)) & 0x7fffffff;
+    bits = own > bits ? own : bits;
   }
+  int32_t top = 0;
+  for (int i = 0; i < 16; ++i) top = std::max(top, bits[i]);
   if (top >= 0x7f800000) {
     *scale = std::numeric_limits<float>::quiet_NaN();
     std::memset(codes, 0, padded);
@@ -28,19 +50,17 @@ void quantize(const float* x, int64_t k, int64_t padded, int64_t group, int8_t* 
   }
   float largest;
   std::memcpy(&largest, &top, 4);
-  const float s = std::max(largest / 127.f, 0x1p-100f);
-  *scale = s;
-#pragma omp simd
-  for (int64_t i = 0; i < k; ++i) {
-    const float v = std::nearbyint(x[i] / s);
-    codes[i] = static_cast<int8_t>(static_cast<int32_t>(std::min(127.f, std::max(-128.f, v))));
-  }
-  std::memset(codes + k, 0, padded - k);
+  *scale = std::max(largest / 127.f, 0x1p-100f);
+  const v16 s = all(*scale);
   for (int64_t g = 0; g < padded / group; ++g) {
-    int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = g * group; i < (g + 1) * group; ++i) sum += codes[i];
-    sums[g] = sum;
+    i16 sum{};
+    for (int64_t i = g * group; i < (g + 1) * group; i += 16) {
+      const i16 own = codes16(load_some(x + i, k - i), s);
+      sum += own;
+      const b16 bytes = __builtin_convertvector(own, b16);
+      std::memcpy(codes + i, &bytes, std::min<int64_t>(16, padded - i));
+    }
+    sums[g] = sum16(sum);
   }
 }
 
@@ -99,86 +119,95 @@ void append(const qat::Cache& cache, const float* key, const float* value, int64
   }
 }
 
-// Sixteen int8 keys against one query of two int8 planes: sums of unsigned key codes times query codes.
-inline void key_sums(const uint8_t* block, const int8_t* first, const int8_t* second, int64_t d, i16& a, i16& b) {
-#if defined(__AVX512VNNI__)
-  __m512i x = _mm512_setzero_si512(), y = x;
-  for (int64_t j = 0; j < d / 4; ++j) {
-    const __m512i line = _mm512_loadu_si512(block + 64 * j);
-    int32_t p, q;
-    std::memcpy(&p, first + 4 * j, 4);
-    std::memcpy(&q, second + 4 * j, 4);
-    x = _mm512_dpbusd_epi32(x, line, _mm512_set1_epi32(p));
-    y = _mm512_dpbusd_epi32(y, line, _mm512_set1_epi32(q));
+// A query [D] as two int8 planes.
+struct Planes {
+  int8_t codes[2][512];
+  int32_t sums[2];
+  float scales[2];
+};
+
+void split_query(const float* query, int64_t d, Planes& out) {
+  float rest[512];
+  quantize(query, d, d, d, out.codes[0], &out.sums[0], &out.scales[0]);
+  for (int64_t i = 0; i < d; i += 16) {
+    const v16 whole = widen(load<b16>(out.codes[0] + i));
+    store(rest + i, load<v16>(query + i) - all(out.scales[0]) * whole);
   }
-  a = reinterpret_cast<i16>(x), b = reinterpret_cast<i16>(y);
+  quantize(rest, d, d, d, out.codes[1], &out.sums[1], &out.scales[1]);
+}
+
+// Sixteen int8 keys against G queries of two planes: sums of (key code + 128) times query code.
+template <int G>
+inline void key_sums(const uint8_t* block, const Planes* queries, int64_t d, i16 (&sums)[G][2]) {
+#if defined(__AVX512VNNI__)
+  __m512i acc[G][2];
+  for (int g = 0; g < G; ++g) acc[g][0] = acc[g][1] = _mm512_setzero_si512();
+  for (int64_t j = 0; j < d; j += 4) {
+    const __m512i line = _mm512_loadu_si512(block + 16 * j);
+    for (int g = 0; g < G; ++g)
+      for (int plane = 0; plane < 2; ++plane) {
+        int32_t four;
+        std::memcpy(&four, queries[g].codes[plane] + j, 4);
+        acc[g][plane] = _mm512_dpbusd_epi32(acc[g][plane], line, _mm512_set1_epi32(four));
+      }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int plane = 0; plane < 2; ++plane) sums[g][plane] = reinterpret_cast<i16>(acc[g][plane]);
 #else
-  int32_t x[16] = {}, y[16] = {};
-  for (int64_t j = 0; j < d / 4; ++j)
-    for (int t = 0; t < 4; ++t) {
-      const int32_t p = first[4 * j + t], q = second[4 * j + t];
+  for (int g = 0; g < G; ++g) {
+    int32_t acc[2][16] = {};
+    for (int64_t j = 0; j < d; ++j) {
+      const int32_t p = queries[g].codes[0][j], q = queries[g].codes[1][j];
 #pragma omp simd
       for (int r = 0; r < 16; ++r) {
-        const int32_t key = block[64 * j + 4 * r + t];
-        x[r] += key * p, y[r] += key * q;
+        const int32_t key = block[16 * (j - j % 4) + 4 * r + j % 4];
+        acc[0][r] += key * p, acc[1][r] += key * q;
       }
     }
-  a = load<i16>(x), b = load<i16>(y);
+    sums[g][0] = load<i16>(acc[0]), sums[g][1] = load<i16>(acc[1]);
+  }
 #endif
 }
 
-// Scores of one query over positions [begin, end), written to `scores` from the block of `begin` on; the largest is returned.
-float score(const float* query, const qat::Cache& cache, int64_t begin, int64_t end, int64_t d, float factor,
-            float* scores) {
-  int8_t planes[2][512];
-  int32_t sums[2];
-  float scales[2], rest[512];
-  if (cache.key_scales) {
-    quantize(query, d, d, d, planes[0], &sums[0], &scales[0]);
-    for (int64_t c = 0; c < d; ++c) rest[c] = query[c] - scales[0] * planes[0][c];
-    quantize(rest, d, d, d, planes[1], &sums[1], &scales[1]);
+// Scores of G queries over the block of sixteen positions from t on.
+template <int G>
+inline void score_int8(const qat::Cache& cache, const Planes* queries, int64_t t, int64_t d, v16 (&value)[G]) {
+  i16 sums[G][2];
+  key_sums<G>(cache.keys + t * d, queries, d, sums);
+  const v16 scale = load<v16>(cache.key_scales + t);
+  for (int g = 0; g < G; ++g) {
+    const Planes& q = queries[g];
+    const v16 first = __builtin_convertvector(sums[g][0] - 128 * q.sums[0], v16) * all(q.scales[0]);
+    value[g] = fma16(__builtin_convertvector(sums[g][1] - 128 * q.sums[1], v16), all(q.scales[1]), first) * scale;
   }
-  v16 best = all(-INFINITY);
-  const int64_t first_block = begin / 16 * 16;
-  for (int64_t t = first_block; t < end; t += 16) {
-    v16 value{};
-    if (cache.key_scales) {
-      i16 a, b;
-      key_sums(cache.keys + t * d, planes[0], planes[1], d, a, b);
-      const v16 first = __builtin_convertvector(a - 128 * sums[0], v16) * all(scales[0]);
-      value = fma16(__builtin_convertvector(b - 128 * sums[1], v16), all(scales[1]), first);
-      value = value * load<v16>(cache.key_scales + t);
-    } else {
-      v16 odd{};
-      for (int64_t j = 0; j < d / 2; ++j) {
-        const i16 line = load<i16>(cache.keys + t * 2 * d + 64 * j);
-        value = fma16(reinterpret_cast<v16>(line << 16), all(query[2 * j]), value);
-        odd = fma16(reinterpret_cast<v16>(line & (i16{} - 65536)), all(query[2 * j + 1]), odd);
-      }
-      value = value + odd;
+}
+
+template <int G>
+inline void score_bf16(const qat::Cache& cache, const float* query, int64_t t, int64_t d, v16 (&value)[G]) {
+  v16 odd[G];
+  for (int g = 0; g < G; ++g) value[g] = odd[g] = v16{};
+  for (int64_t j = 0; j < d / 2; ++j) {
+    const i16 line = load<i16>(cache.keys + t * 2 * d + 64 * j);
+    const v16 first = reinterpret_cast<v16>(line << 16), second = reinterpret_cast<v16>(line & (i16{} - 65536));
+    for (int g = 0; g < G; ++g) {
+      value[g] = fma16(first, all(query[g * d + 2 * j]), value[g]);
+      odd[g] = fma16(second, all(query[g * d + 2 * j + 1]), odd[g]);
     }
-    value = value * all(factor);
-    store(scores + t - first_block, value);
-    if (t < begin || t + 16 > end)
-      for (int64_t i = 0; i < 16; ++i)
-        if (t + i < begin || t + i >= end) value[i] = -INFINITY;
-    best = max16(value, best);
   }
-  return top16(best);
+  for (int g = 0; g < G; ++g) value[g] = value[g] + odd[g];
 }
 
 // sum over t of shares[t] (from position 0 on) times values [t, 16 columns x DC], for G heads at once
-template <int G, int DC>
+template <int G, int DC, bool INT8>
 inline void mix(const qat::Cache& cache, int64_t begin, int64_t end, int64_t d, int64_t column, const float* shares,
                 int64_t row, float* out, int64_t stride) {
   v16 acc[G][DC];
   for (int g = 0; g < G; ++g)
     for (int c = 0; c < DC; ++c) acc[g][c] = v16{};
-  const bool is_int8 = cache.value_scales != nullptr;
   for (int64_t t = begin; t < end; ++t) {
     for (int c = 0; c < DC; ++c) {
       const int64_t at = t * d + column + 16 * c;
-      const v16 value = is_int8 ? widen(load<b16>(cache.values + at)) : widen(load<h16>(cache.values + 2 * at));
+      const v16 value = INT8 ? widen(load<b16>(cache.values + at)) : widen(load<h16>(cache.values + 2 * at));
       for (int g = 0; g < G; ++g) acc[g][c] = fma16(all(shares[g * row + t]), value, acc[g][c]);
     }
   }
@@ -186,45 +215,75 @@ inline void mix(const qat::Cache& cache, int64_t begin, int64_t end, int64_t d, 
     for (int c = 0; c < DC; ++c) store(out + g * stride + column + 16 * c, acc[g][c]);
 }
 
-template <int G>
+template <int G, bool INT8>
 void attend_heads(const float* query, const qat::Cache& cache, int64_t begin, int64_t end, int64_t d, float factor,
                   float* partial) {
   constexpr int64_t ROW = qat::SPLIT + 16;
-  float shares[G * ROW];
+  alignas(64) float shares[G * ROW];
+  Planes planes[G];
   const int64_t stride = d + 2, first = begin / 16 * 16;
+  if (INT8)
+    for (int g = 0; g < G; ++g) split_query(query + g * d, d, planes[g]);
+  v16 best[G];
+  for (int g = 0; g < G; ++g) best[g] = all(-INFINITY);
+  for (int64_t t = first; t < end; t += 16) {
+    v16 value[G];
+    if (INT8)
+      score_int8<G>(cache, planes, t, d, value);
+    else
+      score_bf16<G>(cache, query, t, d, value);
+    for (int g = 0; g < G; ++g) {
+      value[g] = value[g] * all(factor);
+      if (t < begin || t + 16 > end)
+        for (int i = 0; i < 16; ++i)
+          if (t + i < begin || t + i >= end) value[g][i] = -INFINITY;
+      store(shares + g * ROW + t - first, value[g]);
+      best[g] = max16(value[g], best[g]);
+    }
+  }
   for (int g = 0; g < G; ++g) {
     float* own = shares + g * ROW;
-    const float top = score(query + g * d, cache, begin, end, d, factor, own);
+    const v16 top = all(top16(best[g]));
     v16 sums{};
     for (int64_t t = first; t < end; t += 16) {
-      v16 share = exp16(load<v16>(own + t - first) - all(top));
+      v16 share = exp16(load<v16>(own + t - first) - top);
       if (t < begin || t + 16 > end)
-        for (int64_t i = 0; i < 16; ++i)
+        for (int i = 0; i < 16; ++i)
           if (t + i < begin || t + i >= end) share[i] = 0.f;
       sums = sums + share;
-      if (cache.value_scales) share = share * load<v16>(cache.value_scales + t);
+      if (INT8) share = share * load<v16>(cache.value_scales + t);
       store(own + t - first, share);
     }
-    partial[g * stride] = top;
+    partial[g * stride] = top[0];
     partial[g * stride + 1] = sum16(sums);
   }
   int64_t column = 0;
   for (; column + 64 <= d; column += 64)
-    mix<G, 4>(cache, begin, end, d, column, shares - first, ROW, partial + 2, stride);
-  for (; column < d; column += 16) mix<G, 1>(cache, begin, end, d, column, shares - first, ROW, partial + 2, stride);
+    mix<G, 4, INT8>(cache, begin, end, d, column, shares - first, ROW, partial + 2, stride);
+  for (; column < d; column += 16)
+    mix<G, 1, INT8>(cache, begin, end, d, column, shares - first, ROW, partial + 2, stride);
 }
 
-void attend(const float* query, int64_t heads, const qat::Cache& cache, int64_t begin, int64_t end, int64_t d,
-            float factor, float* partial) {
+template <bool INT8>
+void attend_all(const float* query, int64_t heads, const qat::Cache& cache, int64_t begin, int64_t end, int64_t d,
+                float factor, float* partial) {
   int64_t h = 0;
   const auto run = [&](auto kernel, int64_t count) {
     kernel(query + h * d, cache, begin, end, d, factor, partial + h * (d + 2));
     h += count;
   };
-  while (h + 4 <= heads) run(attend_heads<4>, 4);
-  if (h + 3 <= heads) run(attend_heads<3>, 3);
-  if (h + 2 <= heads) run(attend_heads<2>, 2);
-  if (h < heads) run(attend_heads<1>, 1);
+  while (h + 4 <= heads) run(attend_heads<4, INT8>, 4);
+  if (h + 3 <= heads) run(attend_heads<3, INT8>, 3);
+  if (h + 2 <= heads) run(attend_heads<2, INT8>, 2);
+  if (h < heads) run(attend_heads<1, INT8>, 1);
+}
+
+void attend(const float* query, int64_t heads, const qat::Cache& cache, int64_t begin, int64_t end, int64_t d,
+            float factor, float* partial) {
+  if (cache.key_scales)
+    attend_all<true>(query, heads, cache, begin, end, d, factor, partial);
+  else
+    attend_all<false>(query, heads, cache, begin, end, d, factor, partial);
 }
 
 void join(const float* partial, int64_t count, int64_t stride, int64_t d, float* out) {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -69,7 +69,21 @@ inline float top16(v16 v) {
 }
 
 inline v16 widen(h16 bf16) { return reinterpret_cast<v16>(__builtin_convertvector(bf16, i16) << 16); }
-inline v16 widen(b16 codes) { return __builtin_convertvector(codes, v16); }
+inline v16 widen(b16 codes) {  // GCC 12 takes the long way for this conversion: 3x the time of attention over int8 values
+#if defined(__AVX512F__)
+  const __m128i bytes = reinterpret_cast<__m128i>(codes);
+  return reinterpret_cast<v16>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__)
+  const __m128i bytes = reinterpret_cast<__m128i>(codes);
+  const __m256 half[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  return load<v16>(half);
+#else
+  v16 out;
+  for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(codes[i]);
+  return out;
+#endif
+}
 
 // e^x with a relative error of 2e-7: 2^n times a polynomial in the rest, |rest| <= ln 2 / 2. NaN stays NaN.
 inline v16 exp16(v16 x) {

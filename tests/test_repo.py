@@ -102,7 +102,7 @@ ONLY_IN = {
         "scripts",
     },
     "gguf": {"qat/models.py"},
-    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), {"qat/serve/server.py"}),
+    **{name: {"qat/serve/server.py"} for name in ("starlette", "uvicorn", "prometheus_client")},
     "pickle": set(),
 }
 

@@ -86,7 +86,7 @@ NEVER = [("kernels", "nn"), ("kernels", "train"), ("train", "formats"), ("format
 
 # Package -> the only places that may import it.
 ONLY_IN = {
-    **dict.fromkeys(("hydra", "omegaconf"), {"qat/cli", "scripts"}),
+    **{name: {"qat/cli", "scripts"} for name in ("hydra", "omegaconf")},
     "lightning": {"qat/train"},
     "triton": {"qat/kernels/triton"},
     "wandb": {"qat/metrics.py"},

@@ -39,7 +39,7 @@ test-sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DQAT_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 	$(BIN)/cmake --build $(SANITIZED)
-	for isa in avx512 avx2 portable; do QAT_MAX_ISA=$$isa QAT_CPU_LIBRARY=$(abspath $(SANITIZED))/qat_cpu.so OMP_NUM_THREADS=2 \
+	for isa in avx512 avxvnni avx2 portable; do QAT_MAX_ISA=$$isa QAT_CPU_LIBRARY=$(abspath $(SANITIZED))/qat_cpu.so OMP_NUM_THREADS=2 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python tests/fuzz_kernels.py --seconds $(FUZZ_SECONDS) || exit 1; done

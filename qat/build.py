@@ -88,14 +88,16 @@ def training(config: RunConfig) -> dict[str, Any]:
             layer_stats_every=trainer.layer_stats_every,
             eval_every=trainer.eval_every,
             checkpoint_every=trainer.checkpoint_every,
+            max_skipped_steps=trainer.max_skipped_steps,
+            loader_workers=trainer.loader_workers,
             seed=config.seed,
         ),
     }
 
 
-def metrics(config: RunConfig, folder: Path, as_dict: dict) -> Metrics:
-    """The run's metrics.jsonl, with wandb beside it when asked for."""
-    return Metrics(folder, config.logger.wandb, config.logger.project, as_dict)
+def metrics(config: RunConfig, folder: Path, as_dict: dict, run_id: str | None) -> Metrics:
+    """The run's metrics.jsonl, with wandb beside it when asked for; `run_id` is an earlier process's wandb run."""
+    return Metrics(folder, config.logger.wandb, config.logger.project, as_dict, run_id)
 
 
 def use_machine(config: RunConfig) -> int:

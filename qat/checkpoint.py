@@ -1,18 +1,24 @@
 """A training model's whole state as safetensors: weights, scales, observers, phases. Ties are stored once.
 
-This is what `qat export`, `qat evaluate` and `qat verify` rebuild a finished run from. Lightning's own checkpoints
-(optimizer and loop state) are written by `train/callbacks.py`.
+This is what `qat export`, `qat evaluate` and `qat verify` rebuild a finished run from, and what a run that goes on
+takes in place of a training that had ended. Checkpoints with optimizer and position are in `checkpoints.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.checkpoints import Damaged, check, sha256, write_manifest
 from qat.errors import UserError, problem
+from qat.paths import atomic_dir
+
+WEIGHTS = "model.safetensors"
 
 
 def unique_state(model: nn.Module) -> dict[str, Tensor]:
@@ -26,6 +32,23 @@ def unique_state(model: nn.Module) -> dict[str, Tensor]:
         seen.add(key)
         state[name] = tensor.detach().contiguous()
     return state
+
+
+def save_final(model: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
+    """Publish the end of a training: model.safetensors, and a manifest with `facts` and checksums."""
+    with atomic_dir(folder, overwrite=True) as temporary:
+        save_state(model, temporary / WEIGHTS)
+        path = temporary / WEIGHTS
+        files = {WEIGHTS: {"bytes": path.stat().st_size, "sha256": sha256(path)}}
+        write_manifest(temporary, {"facts": facts}, files)
+
+
+def read_final(folder: Path) -> dict[str, Any] | None:
+    """The facts of a training that had ended, when its files are whole; None otherwise."""
+    try:
+        return check(folder)["facts"]
+    except Damaged:
+        return None
 
 
 def save_state(model: nn.Module, path: Path) -> None:
@@ -63,3 +86,13 @@ def load_state(model: nn.Module, path: Path) -> None:
         fix = "The checkpoint belongs to another scheme, plan or model."
         raise UserError(problem(str(path), "must fit the model", ", ".join(wrong[:10]), fix))
     model.load_state_dict(state, strict=False)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """sha256 of names, shapes and 256 values spread over every parameter: tells one set of weights from another."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 256)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()

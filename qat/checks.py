@@ -53,10 +53,13 @@ AT_LEAST: dict[str, int] = {
     "trainer.log_every": 1,
     "trainer.layer_stats_every": 0,
     "trainer.checkpoint_every": 0,
+    "trainer.checkpoint_keep": 1,
+    "trainer.max_skipped_steps": 0,
+    "trainer.loader_workers": 0,
     "evaluate.batch_size": 1,
     "export.max_new_tokens": 1,
 }
-ABOVE_ZERO = ("optim.lr", "optim.scale_lr", "distill.temperature")
+ABOVE_ZERO = ("optim.lr", "optim.scale_lr", "distill.temperature", "trainer.timeout_minutes")
 FRACTIONS = ("data.eval_fraction", "plan.max_unsupported", "optim.warmup_fraction", "optim.final_lr_fraction")
 
 

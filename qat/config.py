@@ -197,8 +197,16 @@ class TrainerConfig:
     """Steps between lines of metrics.jsonl."""
     layer_stats_every: int = 20
     """Steps between per-layer SQNR, clip share, code flips and scale drift; 0 is off."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 writes one at the end."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints that `qat resume` goes on from; 0 saves only when the run is asked to stop."""
+    checkpoint_keep: int = 2
+    """Newest checkpoints kept while training."""
+    max_skipped_steps: int = 5
+    """Steps in a row with a loss or gradient that is not finite that are skipped; one more ends the run."""
+    loader_workers: int = 0
+    """Processes that read windows ahead."""
+    timeout_minutes: float = 10.0
+    """How long a process waits for the others of the job before it gives up."""
 
 
 @dataclass

@@ -104,6 +104,14 @@ def window_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
+def fingerprint(windows: TextWindows) -> str:
+    """sha256 of all token ids, training and held out."""
+    digest = hashlib.sha256()
+    for part in (windows.train, windows.evaluation):
+        digest.update(str(tuple(part.shape)).encode() + part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def documents(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[list[str], int]:
     """The texts of the documents at `path`, in order, without blank ones, and how many were blank."""
     source = path if config.kind == "hub" else resolve(path)

@@ -113,10 +113,12 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [..., K] on the grid, same shape; `dtype` defaults to what the next matmul runs in."""
         if self.now.observing and self.observer is not None:
-            self.observer.observe(x)
+            self.observer.observe(x, together=self.training)
         dtype = dtype or estimators.compute_dtype(x)
         if not self.now.quantizing:
-            return x.to(dtype)
+            # a learned scale stays in the graph without effect: DDP waits for the gradient of every parameter
+            idle = self.scale_shift is not None and torch.is_grad_enabled()
+            return x.to(dtype) + 0.0 * sum(whole(p).sum() for p in self.parameters()) if idle else x.to(dtype)
         if fused.refuses(x, dtype) is None:
             raw, there = self.on_grid(x, dtype)
             return fused.fake_quantize(x, raw, there, self.current_spec, self.gradients)
@@ -209,6 +211,10 @@ class FakeQuantize(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.state_changed()
+
+    def state_changed(self) -> None:
+        """To be called after buffers were written from outside: `now` follows `phase`, nothing old is kept."""
         self._kept = None
         if self.phase.device.type != "meta":
             observing, quantizing, frozen, bits = self.phase.tolist()

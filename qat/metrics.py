@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import UserError, problem
+from qat.paths import write_text_atomic
 from qat.progress import is_main, say
 
 
@@ -32,13 +33,26 @@ class Metrics:
     Args:
         folder: the run folder.
         wandb_mode: off, offline or online; wandb is imported only when it is not off.
+        run_id: go on with this wandb run.
     """
 
-    def __init__(self, folder: Path, wandb_mode: str = "off", project: str = "qat", config: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        wandb_mode: str = "off",
+        project: str = "qat",
+        config: dict | None = None,
+        run_id: str | None = None,
+    ):
         self.path = folder / "metrics.jsonl"
         self._wandb: Any = None
         if wandb_mode != "off" and is_main():
-            self._wandb = _start_wandb(folder, wandb_mode, project, config or {})
+            self._wandb = _start_wandb(folder, wandb_mode, project, config or {}, run_id)
+
+    @property
+    def run_id(self) -> str | None:
+        """What a process that goes on with this run gives as `run_id`; None without wandb."""
+        return self._wandb.id if self._wandb is not None else None
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append one line; flushed, so that a killed run keeps it."""
@@ -57,6 +71,13 @@ class Metrics:
             say(f"warning: wandb stopped logging ({error}); metrics.jsonl goes on")
             self._wandb = None
 
+    def truncate(self, step: int) -> None:
+        """Drop every line of a later step: a run that goes on from `step` writes them anew."""
+        if not is_main() or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text_atomic(self.path, "".join(line for line in lines if _step_of(line) <= step))
+
     def close(self) -> None:
         """End the wandb run, if any."""
         if self._wandb is not None:
@@ -64,14 +85,30 @@ class Metrics:
             self._wandb = None
 
 
-def _start_wandb(folder: Path, mode: str, project: str, config: dict) -> Any:
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that a killed process left half written."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+def _start_wandb(folder: Path, mode: str, project: str, config: dict, run_id: str | None) -> Any:
     try:
         import wandb
     except ImportError:
         fix = "pip install wandb, or use logger=jsonl."
         raise UserError(problem("logger.wandb", "needs the wandb package", "not installed", fix)) from None
     try:
-        return wandb.init(project=project, name=folder.name, dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
+        return wandb.init(
+            project=project,
+            name=folder.name,
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            config=config,
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
     except Exception as error:
         fix = "Set logger=wandb_offline or logger=jsonl, or log in with `wandb login`."
         raise UserError(problem("logger.wandb", f"{mode} logging must start", str(error), fix)) from None

@@ -76,7 +76,7 @@ def atomic_dir(final: Path, overwrite: bool) -> Iterator[Path]:
         yield temporary
         _sync_tree(temporary)
         _refuse_existing(final, overwrite)
-        _swap(temporary, final)
+        swap(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -90,7 +90,8 @@ def _refuse_existing(final: Path, overwrite: bool) -> None:
         raise UserError(problem(str(final), "must be a new folder", "a file or link", "Name another folder."))
 
 
-def _swap(temporary: Path, final: Path) -> None:
+def swap(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into its place; what stood there is removed after that. Both have one parent."""
     old = final.parent / f".{final.name}.old-{os.getpid()}"
     had_old = final.exists()
     if had_old:
@@ -101,7 +102,7 @@ def _swap(temporary: Path, final: Path) -> None:
         if had_old:
             os.rename(old, final)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     if had_old:
         shutil.rmtree(old)
 
@@ -109,11 +110,12 @@ def _swap(temporary: Path, final: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            sync(Path(root) / name)
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -127,7 +129,7 @@ def write_text_atomic(path: Path, text: str) -> None:
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     try:
         temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
     load -> coverage -> calibrate -> train -> control -> evaluate -> export
          -> verify (fresh process) -> generate -> report
 
-Everything lands in the run folder. What later commands rebuild a run from is in `rebuild`.
+Everything lands in the run folder, and a run that stopped anywhere goes on from what stands there (`resume`). What
+later commands rebuild a run from is in `rebuild`.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from qat import build, checkpoint
+from qat import build, checkpoint, ranks, signals
+from qat.checkpoints import Checkpoints
 from qat.config import RunConfig
 from qat.convert import digests, pack_model
-from qat.data import TextWindows, load_windows
+from qat.data import TextWindows, fingerprint, load_windows
 from qat.errors import UserError, problem
 from qat.evaluate.perplexity import Score, recovery, score
 from qat.export import write_export
 from qat.insert import Coverage
 from qat.memory import return_freed_memory
+from qat.metrics import Metrics
 from qat.paths import write_json_atomic
 from qat.progress import is_main, say
 from qat.run_folder import RunFolder
@@ -42,28 +44,31 @@ PROTOCOL = (
 )
 
 
-def run(config: RunConfig, resolved: str) -> Path:
-    """Do a whole run; returns its folder. `resolved` is the config as YAML.
+def run(config: RunConfig, resolved: str, resume: Resume | None = None) -> Path:
+    """Do a whole run, or with `resume` what is left of one; returns its folder. `resolved` is the config as YAML.
 
-    Raises UserError for what the user can mend.
+    Raises:
+        UserError: what the user can mend.
+        signals.Stopped: the run was asked to stop; it can be resumed.
     """
-    started = time.perf_counter()
+    signals.listen()
     threads = build.use_machine(config)
+    ranks.connect(config.trainer.accelerator, config.trainer.timeout_minutes)
     # a model or text that is refused leaves no folder behind, and an earlier run of that name untouched
     student, tokenizer, windows, coverage, floating = _prepare(config)
-    with _claimed(RunFolder.create(config, resolved, threads)) as folder:
+    with _claimed(config, resolved, threads, resume) as folder:
+        _fingerprint(folder, floating, windows, resume)
         teacher = _calibrate(config, folder, student, windows, coverage, floating)
         train = _train(config, folder, student, teacher, windows)
         # with KL to the float model alone, the control is that model
         has_control = config.evaluate.baselines and config.distill.ce_weight > 0
         control = _train_control(config, folder, floating, teacher, windows) if has_control else None
+        ranks.disconnect()
         if not is_main():
             return folder.path
         # one reference to the trained model, so that `del` below really frees it
         student, train = train.model, replace(train, model=None)
-        folder.status("evaluating", step=train.steps)
-        final = folder.path / "checkpoints/final/model.safetensors"
-        checkpoint.save_state(student, final)
+        folder.stage("evaluating", train.steps)
         scores = {"fake_quant": _score(config, student, windows, floating, "evaluate QAT")}
         packed = pack_model(student, coverage, floating.config.to_dict(), build.checks.kv_spec(config.kv))
         del student
@@ -71,28 +76,57 @@ def run(config: RunConfig, resolved: str) -> Path:
             _baselines(config, floating, control, windows, scores)
         results = _results(config, scores, windows, train, coverage, control is None)
         del control
-        folder.status("exporting", step=train.steps)
+        folder.stage("exporting", train.steps)
         export = folder.path / "export" / config.export.format
-        write_export(packed, digests(packed), tokenizer, export, config, results)
+        # an export of this run that an earlier process left is replaced
+        write_export(packed, digests(packed), tokenizer, export, _overwriting(config), results)
         del packed, floating, teacher
         return_freed_memory()
-        folder.status("verifying", step=train.steps)
+        folder.stage("verifying", train.steps)
         parity = _fresh_process("verify", str(folder.path))
         answers = _answers(config, export)
-        _finish(config, folder, results, json.loads(parity), answers, started)
-        folder.status("finished", step=train.steps)
+        _finish(config, folder, results, json.loads(parity), answers)
+        folder.status("finished", stage="finished", step=train.steps)
     return folder.path
 
 
+@dataclass(frozen=True)
+class Resume:
+    """Going on with a run; `forced` lets text and model differ from those it began with."""
+
+    forced: bool = False
+
+
 @contextmanager
-def _claimed(folder: RunFolder) -> Iterator[RunFolder]:
-    """Record in the folder how the run ended if it did not end well."""
+def _claimed(config: RunConfig, resolved: str, threads: int, resume: Resume | None) -> Iterator[RunFolder]:
+    """Hold the run folder, and record in it how the run ended if it did not end well."""
+    folder = RunFolder.create(config, resolved, threads) if resume is None else RunFolder.reopen(config, resolved)
     say(f"run folder: {folder.path}")
     try:
         yield folder
     except BaseException as error:
-        folder.status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        status = error.status if isinstance(error, signals.Stopped) else status
+        folder.status(status, **folder.where, error=str(error))
         raise
+
+
+def _fingerprint(folder: RunFolder, floating: nn.Module, windows: TextWindows, resume: Resume | None) -> None:
+    """Record which text and weights the run is of; a run that goes on must find the same."""
+    now = {"data": fingerprint(windows), "model": checkpoint.weights_fingerprint(floating)}
+    before = ranks.from_main(folder.manifest.get("fingerprints"))
+    if resume is not None and before is not None and not resume.forced:
+        changed = [name for name in now if now[name] != before[name]]
+        fix = "Bring back what the run began with, or add --force to go on with what is there."
+        if changed:
+            raise UserError(
+                *(problem(f"{n}.path", "must be what the run began with", "other content", fix) for n in changed)
+            )
+    folder.record(fingerprints=now)
+
+
+def _overwriting(config: RunConfig) -> RunConfig:
+    return replace(config, export=replace(config.export, overwrite=True))
 
 
 def _prepare(config: RunConfig) -> tuple[Any, Any, TextWindows, Coverage, Any]:
@@ -132,10 +166,9 @@ def _calibrate(
 def _train(
     config: RunConfig, folder: RunFolder, student: nn.Module, teacher: nn.Module | None, windows: TextWindows
 ) -> Any:
-    from qat.train.fit import fit
-
-    folder.status("training", step=0)
-    metrics = build.metrics(config, folder.path, asdict(config))
+    folder.stage("training", step=0)
+    metrics = build.metrics(config, folder.path, asdict(config), folder.manifest.get("wandb_run"))
+    folder.record(wandb_run=metrics.run_id)
     held_out = windows.evaluation[: max(1, 4096 // config.data.block_size)]
 
     def validate(model: nn.Module) -> float:
@@ -143,19 +176,41 @@ def _train(
             model, held_out, config.evaluate.batch_size, config.evaluate.precision, title="validate"
         ).perplexity
 
-    checkpoints = folder.path / "checkpoints"
     options = build.training(config)
-    result = fit(
-        student,
-        teacher,
-        windows.train,
-        **options,
-        metrics=metrics,
-        score=validate,
-        checkpoints=checkpoints,
-        title="QAT",
-    )
+    result = _trained(folder.path / "checkpoints", config, student, teacher, windows, options, metrics, "QAT", validate)
     metrics.close()
+    return result
+
+
+def _trained(
+    checkpoints: Path,
+    config: RunConfig,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    windows: TextWindows,
+    options: dict[str, Any],
+    metrics: Metrics,
+    title: str,
+    validate: Callable[[nn.Module], float] | None = None,
+) -> Any:
+    """Train to the end and publish it under checkpoints/final, or take what an earlier process published there."""
+    from qat.train.fit import FitResult, fit
+
+    final = checkpoints / "final"
+    facts = ranks.from_main(checkpoint.read_final(final) if is_main() else None)
+    if facts is not None:
+        say(f"{title}: had ended; taking {final}")
+        if is_main():
+            checkpoint.load_state(model, final / checkpoint.WEIGHTS)
+        return FitResult(model.eval(), **facts)
+    store = Checkpoints(checkpoints, config.trainer.checkpoint_keep)
+    result = fit(
+        model, teacher, windows.train, **options, metrics=metrics, score=validate, checkpoints=store, title=title
+    )
+    if is_main():
+        facts = {key: value for key, value in vars(result).items() if key != "model"}
+        checkpoint.save_final(result.model, final, facts)
+        store.clear()
     return result
 
 
@@ -194,13 +249,11 @@ def _train_control(
     config: RunConfig, folder: RunFolder, floating: nn.Module, teacher: nn.Module | None, windows: TextWindows
 ) -> nn.Module:
     """The float model trained on the same windows, in the same order, with the same loss and optimizer."""
-    from qat.metrics import Metrics
-    from qat.train.fit import fit
-
     options = build.training(config) | {"schedule": []}
     metrics = Metrics(folder.path / "control")
-    control = copy.deepcopy(floating)
-    return fit(control, teacher, windows.train, **options, metrics=metrics, title="control").model
+    folder.stage("training the control", step=0)
+    places = folder.path / "control/checkpoints"
+    return _trained(places, config, copy.deepcopy(floating), teacher, windows, options, metrics, "control").model
 
 
 def _results(
@@ -243,9 +296,7 @@ def _repetition(tokens: int, windows: TextWindows) -> list[str]:
     return [f"the training text ({windows.train.numel()} tokens) was seen {passes:.1f} times"] if passes > 1 else []
 
 
-def _finish(
-    config: RunConfig, folder: RunFolder, results: dict, parity: dict, answers: list[dict], started: float
-) -> None:
+def _finish(config: RunConfig, folder: RunFolder, results: dict, parity: dict, answers: list[dict]) -> None:
     """Fill in what the fresh process found, write results.json and the report, refresh the model card."""
     from qat.export import write_card
     from qat.report.page import write_report
@@ -258,7 +309,7 @@ def _finish(
         results["recovery"] = recovery(packed, table["control"], table["rtn_of_control"])
     results["rows"] = _rows(results)
     results["answers"] = answers
-    results["seconds"]["total"] = time.perf_counter() - started
+    results["seconds"]["total"] = folder.seconds
     write_json_atomic(folder.path / "results.json", results)
     write_card(folder.path / "export" / config.export.format, config, results)
     write_report(folder.path)
@@ -303,17 +354,31 @@ def _fresh_process(*arguments: str) -> str:
     # a process of its own, not a rank of the job that trained
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
-    if done.returncode not in (0, 1) or not done.stdout.strip():
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            out = _listening(process)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode not in (0, 1) or not out.strip():
         fix = f"Run it by hand: qat {' '.join(arguments)}"
         wanted = "must succeed in a fresh process"
-        raise UserError(problem(f"qat {arguments[0]}", wanted, f"exit {done.returncode}", fix), before_work=False)
-    return done.stdout
+        raise UserError(problem(f"qat {arguments[0]}", wanted, f"exit {process.returncode}", fix), before_work=False)
+    return out
+
+
+def _listening(process: subprocess.Popen[str]) -> str:
+    """What a process prints until it ends, while requests to stop are heard."""
+    while True:
+        try:
+            return process.communicate(timeout=0.5)[0]
+        except subprocess.TimeoutExpired:
+            signals.poll()
 
 
 def rebuild(config: RunConfig, folder: Path) -> tuple[Any, Coverage]:
     """The finished training model of a run folder: float structure, the plan's layers, and the final checkpoint."""
     model, _ = build.float_model(config)
     coverage = build.quantize_layers(model, config)
-    checkpoint.load_state(model, folder / "checkpoints/final/model.safetensors")
+    checkpoint.load_state(model, folder / "checkpoints/final" / checkpoint.WEIGHTS)
     return model.eval().requires_grad_(False), coverage

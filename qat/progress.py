@@ -1,4 +1,7 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere (log files, CI); rank 0 only; stderr."""
+"""Progress for people: a bar on a terminal, plain lines elsewhere (log files, CI); rank 0 only; stderr.
+
+`track` is also where a loop hears that the run was asked to stop.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
+
+from qat import signals
 
 T = TypeVar("T")
 
@@ -23,15 +28,15 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Yields `advance(note)`, to be called once per unit of work; `note` stands behind the bar or line."""
+def bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """Yields `advance(note)`, to be called once per unit of work after the first `done`; `note` stands behind."""
     if not is_main():
         yield lambda note: None
         return
     if sys.stderr.isatty():
-        yield from _terminal_bar(title, total)
+        yield from _terminal_bar(title, total, done)
         return
-    done, every = 0, max(1, total // 10)
+    every = max(1, total // 10)
 
     def advance(note: str) -> None:
         nonlocal done
@@ -42,7 +47,7 @@ def bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
     yield advance
 
 
-def _terminal_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
+def _terminal_bar(title: str, total: int, done: int) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -54,13 +59,14 @@ def _terminal_bar(title: str, total: int) -> Iterator[Callable[[str], None]]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=total, note="")
+        task = progress.add_task(title, total=total, completed=done, note="")
         yield lambda note: progress.update(task, advance=1, note=note)
 
 
 def track(items: Sequence[T], title: str) -> Iterator[T]:
-    """Iterate with a progress bar."""
+    """Iterate with a progress bar; raises signals.Stopped between items. In a job, all processes go round together."""
     with bar(title, len(items)) as advance:
         for item in items:
+            signals.poll()
             yield item
             advance("")

@@ -1,16 +1,20 @@
-"""The run folder: who made it, in what state it is. Names of files inside are those of docs/architecture.md.
+"""The run folder: who made it, who holds it, in what state it is. Names of files inside: docs/architecture.md.
 
-A folder belongs to one run. `create` refuses a folder that holds another run, a file in its place, and a place that
-cannot be written, before any work is done.
+A folder belongs to one run and is held by one process at a time (a lock on run.lock, which ends with the process).
+`create` refuses a folder that holds another run, a file in its place, and a place that cannot be written, before any
+work is done. run_status.json says one of STATUSES, and in which stage of the run.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,9 +24,13 @@ from typing import Any
 from qat.config import RunConfig
 from qat.errors import UserError, problem
 from qat.paths import write_json_atomic, write_text_atomic
-from qat.progress import is_main
+from qat.progress import is_main, say
 
 PACKAGES = ("qat", "torch", "lightning", "transformers", "hydra-core", "datasets", "safetensors", "compressed-tensors")
+
+
+STATUSES = ("running", "finished", "failed", "preempted", "interrupted")
+LOCK = "run.lock"
 
 
 @dataclass
@@ -31,32 +39,60 @@ class RunFolder:
 
     path: Path
     manifest: dict[str, Any] = field(default_factory=dict)
+    before: float = 0.0
+    """Seconds that earlier processes of the run took."""
+    started: float = field(default_factory=time.monotonic)
+    lock: Any = None
+    where: dict[str, Any] = field(default_factory=dict)
+    """Stage and step."""
 
     @classmethod
     def create(cls, config: RunConfig, resolved: str, threads: int) -> RunFolder:
         """Claim the folder and write resolved.yaml, manifest.json and run_status.json.
 
         Raises:
-            UserError: it holds a run and overwrite is false, is not a folder, or cannot be written.
+            UserError: it holds a run and overwrite is false, is not a folder, is held, or cannot be written.
         """
         path = Path(config.runs_dir) / config.name
         if not is_main():
             return cls(path)
         check_free(path, config.overwrite)
         try:
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _take_lock(path)
+            for old in path.iterdir():
+                if old.name != LOCK:
+                    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             (path / ".probe").write_text("")
             (path / ".probe").unlink()
         except OSError as error:
             fix = "Choose another runs_dir, or make it writable."
             raise UserError(problem(str(path), "must be a writable folder", error.strerror, fix)) from None
         write_text_atomic(path / "resolved.yaml", resolved)
-        folder = cls(path, _manifest(config, threads))
+        folder = cls(path, _manifest(config, threads), lock=lock)
         folder.record()
-        folder.status("running", step=0)
+        folder.stage("loading", step=0)
         return folder
+
+    @classmethod
+    def reopen(cls, config: RunConfig, resolved: str) -> RunFolder:
+        """Claim the folder of a run that goes on; UserError when another process holds it or it cannot be read."""
+        path = Path(config.runs_dir) / config.name
+        if not is_main():
+            return cls(path)
+        lock = _take_lock(path)
+        manifest, status = (_read(path / name) for name in ("manifest.json", "run_status.json"))
+        folder = cls(path, manifest, float(status.get("seconds") or 0), lock=lock)
+        write_text_atomic(path / "resolved.yaml", resolved)
+        again = {"at": _now(), "after": status.get("status"), "command": " ".join(["qat", *sys.argv[1:]])}
+        folder.record(resumed=[*manifest.get("resumed", []), again])
+        folder.stage("loading", step=status.get("step", 0))
+        return folder
+
+    @property
+    def seconds(self) -> float:
+        """Time the run has taken, over all its processes."""
+        return self.before + time.monotonic() - self.started
 
     def record(self, **facts: Any) -> None:
         """Add facts to manifest.json."""
@@ -66,19 +102,61 @@ class RunFolder:
 
     def status(self, status: str, **facts: Any) -> None:
         """Replace run_status.json; the end of a run also goes into the manifest."""
+        assert status in STATUSES, status
         if not is_main() or not self.path.is_dir():
             return
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json_atomic(self.path / "run_status.json", {"status": status, "at": now, "pid": os.getpid(), **facts})
-        if status in ("finished", "failed", "interrupted"):
-            self.record(finished=now, exit_state=status)
+        content = {"status": status, "at": _now(), "pid": os.getpid(), "seconds": round(self.seconds, 1), **facts}
+        write_json_atomic(self.path / "run_status.json", content)
+        if status != "running":
+            self.record(finished=_now(), exit_state=status)
+
+    def stage(self, stage: str, step: int) -> None:
+        """Say what the run is doing."""
+        self.where = {"stage": stage, "step": step}
+        self.status("running", **self.where)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        fix = "Start anew with `qat train ... overwrite=true`."
+        raise UserError(problem(str(path), "must be readable", "no JSON", fix)) from None
+
+
+def _take_lock(path: Path) -> Any:
+    """An open, locked file; UserError naming the process that holds it. Ends with the process, however it ends."""
+    try:
+        lock = (path / LOCK).open("a+")
+    except OSError as error:
+        fix = "Choose another runs_dir, or make it writable."
+        raise UserError(problem(str(path), "must be a writable folder", error.strerror, fix)) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        fix = "Wait for it or stop it, or give this run another name=..."
+        got = f"held by {lock.read().strip() or 'another process'}"
+        raise UserError(problem(str(path), "one process at a time works on a run", got, fix)) from None
+    except OSError as error:
+        say(f"warning: {path} cannot be locked ({error.strerror}); make sure that no other process works on this run")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+    lock.flush()
+    return lock
 
 
 def check_free(path: Path, overwrite: bool) -> None:
     """Refuse a run folder that another run owns, or that is no run folder at all; nothing is touched."""
     if path.is_dir():
+        if (path / LOCK).is_file():
+            _take_lock(path).close()
         is_run = (path / "resolved.yaml").is_file()
-        if any(path.iterdir()) and not (overwrite and is_run):
+        if any(file.name != LOCK for file in path.iterdir()) and not (overwrite and is_run):
             fix = "Give the run another name=..." + (", or set overwrite=true to replace it." if is_run else ".")
             given = "one" if is_run else "a folder with other files"
             raise UserError(problem(str(path), "must not hold another run", given, fix))
@@ -95,7 +173,7 @@ def _manifest(config: RunConfig, threads: int) -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": threads,
         "seed": config.seed,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": _now(),
         "finished": None,
     }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from quant_models import float_model, plan
 
+from qat.checkpoints import Checkpoints
 from qat.config import DataConfig
 from qat.data import load_windows
 from qat.errors import UserError
@@ -52,7 +53,9 @@ def train(windows, tmp_path, tiny_model_dir):
         metrics = Metrics(tmp_path)
         metrics.path.unlink(missing_ok=True)
         optim = replace(optim, steps=chosen.max_steps)
-        result = fit(model, teacher, data, loss, optim, schedule, chosen, metrics, score, tmp_path / "checkpoints")
+        result = fit(
+            model, teacher, data, loss, optim, schedule, chosen, metrics, score, Checkpoints(tmp_path / "checkpoints")
+        )
         lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
         return result, lambda event: [line for line in lines if line["event"] == event]
 
@@ -243,45 +246,6 @@ def test_log_every_thins_the_train_lines(train):
     assert [line["step"] for line in lines("train")] == [3, 6]
 
 
-def test_checkpoint_is_whole_and_holds_the_state_without_pickled_code(train, tmp_path, monkeypatch):
-    seen = []
-    from lightning import Trainer
-
-    save = Trainer.save_checkpoint
-
-    def spy(self, path, *args, **kwargs):
-        save(self, path, *args, **kwargs)
-        seen.append(sorted(file.name for file in (tmp_path / "checkpoints").iterdir()))
-
-    monkeypatch.setattr(Trainer, "save_checkpoint", spy)
-    result, _ = train(max_steps=4, checkpoint_every=2)
-    assert seen == [[".last.ckpt.tmp"], [".last.ckpt.tmp", "last.ckpt"]]
-    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
-    stored = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
-    assert stored["global_step"] == 4
-    mine = state(result.model)
-    theirs = {name.removeprefix("student_loss.student."): tensor for name, tensor in stored["state_dict"].items()}
-    assert same(mine, theirs)
-    assert len(stored["optimizer_states"]) == 1
-
-
-def test_checkpoint_of_before_survives_a_save_that_fails(train, tmp_path, monkeypatch):
-    from lightning import Trainer
-
-    save = Trainer.save_checkpoint
-
-    def fail(self, path, *args, **kwargs):
-        save(self, path, *args, **kwargs)
-        if self.global_step == 4:
-            path.write_bytes(b"half")
-            raise OSError("disk full")
-
-    monkeypatch.setattr(Trainer, "save_checkpoint", fail)
-    with pytest.raises(OSError, match="disk full"):
-        train(max_steps=6, checkpoint_every=2)
-    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
-
-
 def test_control_without_schedule_is_the_plain_float_model(train, tiny_model_dir):
     result, lines = train(float_model(tiny_model_dir), schedule=(), layer_stats_every=1, max_steps=3)
     assert not list(quantized_weights(result.model))
@@ -291,12 +255,31 @@ def test_control_without_schedule_is_the_plain_float_model(train, tiny_model_dir
     assert set(state(result.model)) == set(state(float_model(tiny_model_dir)))
 
 
-def test_loss_that_is_not_finite_ends_the_run_with_a_way_out(train, tiny_model_dir):
+def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run_with_a_way_out(train, tiny_model_dir, capsys):
     model = student(tiny_model_dir)
     model.get_submodule("model.norm").weight.data[3] = float("inf")
-    with pytest.raises(UserError, match=r"^step 0: the loss must be finite, got nan\. Lower optim\.lr") as caught:
-        train(model)
+    before = state(model)
+    wanted = (
+        r"^step 3: loss and gradient must be finite, got NaN or infinity for the 3\. time in a row\. Lower optim\.lr"
+    )
+    with pytest.raises(UserError, match=wanted) as caught:
+        train(model, max_skipped_steps=2)
     assert not caught.value.before_work
+    assert capsys.readouterr().err.count("the step is skipped") == 2
+    assert same(state(model), before)
+
+
+def test_one_step_that_is_not_finite_is_skipped_and_the_rest_trained(train, tiny_model_dir, monkeypatch):
+    honest = CausalLMModule.losses
+
+    def sometimes(self, ids):
+        loss, ce, kl = honest(self, ids)
+        return (loss * float("nan") if self.global_step == 2 else loss), ce, kl
+
+    monkeypatch.setattr(CausalLMModule, "losses", sometimes)
+    result, lines = train(student(tiny_model_dir), max_steps=6, max_skipped_steps=1)
+    assert all(torch.isfinite(tensor).all() for tensor in state(result.model).values())
+    assert lines("train")[-1]["loss"] < lines("train")[0]["loss"]
 
 
 def test_interrupt_reaches_the_caller(train):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
@@ -66,8 +67,8 @@ def compose_run(overrides: list[str]) -> RunConfig:
     return settle(config)
 
 
-def from_yaml(path: Path | str) -> RunConfig:
-    """The run written by `to_yaml`; UserError as `compose_run`."""
+def from_yaml(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run written by `to_yaml`, with some `dotted.key=value` set anew; UserError as `compose_run`."""
     from omegaconf import OmegaConf
 
     content, problems = read_yaml(Path(path))
@@ -77,7 +78,13 @@ def from_yaml(path: Path | str) -> RunConfig:
         )
     if problems:
         raise UserError(*problems)
-    return settle(cast("DictConfig", OmegaConf.merge(OmegaConf.structured(RunConfig), content)))
+    config = cast("DictConfig", OmegaConf.merge(OmegaConf.structured(RunConfig), content))
+    given, problems = read_overrides(list(overrides))
+    for key, value in given.items():
+        problems += set_value(config, key, value)
+    if problems:
+        raise UserError(*problems)
+    return settle(config)
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,7 +1,7 @@
 """`qat VERB [arguments] [key=value ...]`. Verbs are a table; each imports what it needs when it runs.
 
-Exit codes: 0 done, 1 failed or a check that says no, 2 refused before any work, 130 interrupted. No traceback for a
-user's mistake unless --debug is given.
+Exit codes: 0 done, 1 failed or a check that says no, 2 refused before any work, 75 asked to stop by a signal and can be
+resumed, 130 the same by Ctrl-C. No traceback for a user's mistake unless --debug is given.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 
+from qat import signals
 from qat.errors import UserError
 
 # verb -> (module with `arguments(parser)` and `run(args) -> exit code`, one line)
@@ -20,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ls": ("qat.cli.ls", "List schemes, recipes, models, data, observers, formats"),
     "plan": ("qat.cli.plan", "Dry run: what every layer gets, bits per weight, memory, and every error at once"),
     "train": ("qat.cli.train", "A whole run: load, calibrate, train, evaluate, export, verify, report"),
+    "resume": ("qat.cli.resume", "Go on with a run that stopped, bit for bit"),
     "evaluate": ("qat.cli.evaluate", "Perplexity of a run (fake and packed) or of an export folder"),
     "export": ("qat.cli.export", "Pack a finished run again"),
     "verify": ("qat.cli.verify", "Prove that an export holds the codes of training"),
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in error.problems:
             print(f"error: {line}", file=sys.stderr)
         return 2 if error.before_work else 1
+    except signals.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

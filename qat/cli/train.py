@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qat.errors import UserError, problem
+
+if TYPE_CHECKING:
+    from qat.config import RunConfig
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.cfg:
         print(resolved)
         return 0
-    world = config.trainer.devices * config.trainer.nodes
-    if world != int(os.environ.get("WORLD_SIZE", "1")):
-        fix = f"Start it with: torchrun --nproc-per-node={config.trainer.devices} -m qat.cli.main train ..."
-        started = os.environ.get("WORLD_SIZE", "1")
-        wanted = f"needs {world} processes"
-        raise UserError(problem("trainer.devices * trainer.nodes", wanted, started, fix))
+    check_processes(config)
     if int(os.environ.get("RANK", "0")) == 0:
         check_free(Path(config.runs_dir) / config.name, config.overwrite)
 
@@ -47,6 +46,16 @@ def run(args: argparse.Namespace) -> int:
     if is_main():
         show(folder, config.export.format)
     return 0
+
+
+def check_processes(config: RunConfig) -> None:
+    """Refuse a job whose launcher started another number of processes than the configuration says."""
+    world = config.trainer.devices * config.trainer.nodes
+    if world != int(os.environ.get("WORLD_SIZE", "1")):
+        fix = f"Start it with: torchrun --nproc-per-node={config.trainer.devices} -m qat.cli.main train ..."
+        started = os.environ.get("WORLD_SIZE", "1")
+        wanted = f"needs {world} processes"
+        raise UserError(problem("trainer.devices * trainer.nodes", wanted, started, fix))
 
 
 def show(run_folder: Path, export_format: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qat import grid
+from qat import grid, ranks
 from qat.errors import UserError, problem
 from qat.grid import QParams
 from qat.scheme import QuantSpec
@@ -35,9 +35,14 @@ class Observer(nn.Module):
         self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Take x [..., K] into account; raises UserError when it holds NaN or infinity."""
+    def observe(self, x: Tensor, together: bool = False) -> None:
+        """Take x [..., K] into account; raises UserError when it holds NaN or infinity.
+
+        With `together`, every process of the job shows its own part of a batch and all end with the same state.
+        """
         low, high = self.range_of(x)
+        if together:
+            low, high = self.across(low, high)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             fix = "Look for a NaN in the weights or a diverging layer before it."
             raise UserError(problem("observer", "values must be finite", "NaN or infinity", fix), before_work=False)
@@ -47,6 +52,10 @@ class Observer(nn.Module):
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The range of one tensor x [..., K], shaped like the scale [..., G]."""
         return grid.min_max(x, self.spec)
+
+    def across(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """One range [..., G] for the parts of a batch that the processes of a job hold: the extremes."""
+        return ranks.reduced(low, "min"), ranks.reduced(high, "max")
 
     def join(self, low: Tensor, high: Tensor) -> None:
         """Merge one tensor's range [..., G] into the state."""
@@ -64,6 +73,9 @@ class AveragingObserver(Observer):
     """Joins ranges by an exponential moving average; the first tensor sets it."""
 
     momentum = 0.9
+
+    def across(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return ranks.reduced(low, "mean"), ranks.reduced(high, "mean")
 
     def join(self, low: Tensor, high: Tensor) -> None:
         # a tensor expression, not an `if`: no synchronisation with a GPU

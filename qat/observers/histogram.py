@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from qat import grid
+from qat import grid, ranks
 from qat.errors import UserError, problem
 from qat.grid import QParams
 from qat.observers.base import Observer
@@ -37,8 +37,8 @@ class HistogramObserver(Observer):
         self.register_buffer("reach", torch.zeros(1))
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        super().observe(x)
+    def observe(self, x: Tensor, together: bool = False) -> None:
+        super().observe(x, together)
         needed = float(torch.maximum(-self.low, self.high).clamp(min=1e-30))
         reach = float(self.reach) or 2.0 ** math.ceil(math.log2(needed))
         while reach < needed:
@@ -47,7 +47,8 @@ class HistogramObserver(Observer):
             self.counts[BINS // 4 : BINS - BINS // 4] = merged
             reach *= 2
         self.reach.fill_(reach)
-        self.counts += torch.histc(x.detach().float(), BINS, -reach, reach).double()
+        counts = torch.histc(x.detach().float(), BINS, -reach, reach).double()
+        self.counts += ranks.reduced(counts, "sum") if together else counts
 
     def join(self, low: Tensor, high: Tensor) -> None:
         seen = self.count > 0

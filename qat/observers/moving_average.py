@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from qat.observers.base import AveragingObserver
+from qat.observers.base import AveragingObserver, Observer
 
 
 class MovingAverageObserver(AveragingObserver):
     """low, high = moving average of the extremes seen."""
+
+    across = Observer.across  # extremes of the parts are extremes of the whole batch

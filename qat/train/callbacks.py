@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from qat import signals
+from qat.checkpoints import Checkpoint, Checkpoints
 from qat.metrics import Metrics
 from qat.nn.quant import quantized_weights, weight_health
+from qat.progress import say
 from qat.train.module import CausalLMModule
+from qat.train.state import capture, restore
 
 
 class MetricsCallback(L.Callback):
@@ -26,9 +29,24 @@ class MetricsCallback(L.Callback):
         self._parts: list[dict[str, Tensor]] = []
         self.tokens = 0
         self._tokens, self._step, self._started, self._phase = 0, 0, time.perf_counter(), ""
-        self._health: dict[str, dict[str, Any]] = {}
+        self._codes: dict[str, Tensor] = {}
         self._first_scale: dict[str, Tensor] = {}
         self._lr = 0.0
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a checkpoint keeps of this callback: numbers, and tensors by name."""
+        numbers = {"tokens": self.tokens, "step_seconds": self.step_seconds, "phase": self._phase, "step": self._step}
+        tensors = {f"{name}.first": scale for name, scale in self._first_scale.items()}
+        tensors |= {f"{name}.codes": codes for name, codes in self._codes.items()}
+        return numbers, tensors
+
+    def load_state(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The other way round."""
+        self.tokens, self.step_seconds = numbers["tokens"], list(numbers["step_seconds"])
+        self._phase, self._step = numbers["phase"], numbers["step"]
+        for full, tensor in tensors.items():
+            name, _, key = full.rpartition(".")
+            (self._first_scale if key == "first" else self._codes)[name] = tensor
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not self._parts:  # the first batch of a step; what other callbacks did before is not part of it
@@ -82,10 +100,10 @@ class MetricsCallback(L.Callback):
         lines = {}
         for name, weight, fake_quant in quantized_weights(module.student):
             health = weight_health(weight, fake_quant)
-            before = self._health.get(name)
+            before, codes = self._codes.get(name), health["codes"]
             first = self._first_scale.setdefault(name, health["scale"])
-            same_width = before is not None and before["codes"].shape == health["codes"].shape
-            flips = float((before["codes"] != health["codes"]).float().mean()) if before and same_width else None
+            same_width = before is not None and before.shape == codes.shape
+            flips = float((before != codes).float().mean()) if same_width else None
             drift = float((health["scale"] / first - 1).abs().mean())
             lines[name] = {
                 "sqnr_db": health["sqnr_db"],
@@ -93,7 +111,7 @@ class MetricsCallback(L.Callback):
                 "flip_rate": flips,
                 "scale_drift": drift,
             }
-            self._health[name] = health
+            self._codes[name] = codes
         return lines
 
 
@@ -103,6 +121,9 @@ class ValidationCallback(L.Callback):
     def __init__(self, metrics: Metrics, score: Callable[[torch.nn.Module], float], every: int):
         self.metrics, self.score, self.every = metrics, score, every
         self._done = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._done = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -115,22 +136,35 @@ class ValidationCallback(L.Callback):
 
 
 class CheckpointCallback(L.Callback):
-    """Lightning checkpoints under checkpoints/, written beside and renamed: a killed save leaves the last one."""
+    """Puts back the state that a run goes on from, saves every `every` steps, and hears requests to stop.
 
-    def __init__(self, folder: Path, every: int):
-        self.folder, self.every = folder, every
-        self._done = 0
+    Must stand last: what the other callbacks noted at a step belongs to its checkpoint.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, every: int, watcher: MetricsCallback, found: Checkpoint | None):
+        self.checkpoints, self.every, self.watcher, self.found = checkpoints, every, watcher, found
+        self._polled = found.facts["step"] if found else 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        signals.listen()  # Lightning has put its own handlers over ours
+        if self.found is not None:
+            seen = restore(self.found, trainer, pl_module.student)
+            self.watcher.load_state(self.found.facts["watcher"], seen)
+            self.found = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self._done or step % self.every:
+        if step == self._polled:
             return
-        self._done = step
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / ".last.ckpt.tmp"
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            temporary.replace(self.folder / "last.ckpt")
+        self._polled = step
+        asked = signals.requested()
+        if asked:
+            say("asked to stop: saving, then leaving (Ctrl-C again leaves at once)")
+            trainer.should_stop = True
+        if asked or (self.every and step % self.every == 0):
+            watched, seen = self.watcher.state()
+            pieces, facts = capture(trainer, pl_module.student, seen)
+            self.checkpoints.save(step, pieces, facts | {"watcher": watched})
 
 
 def peak_memory_gib() -> float:

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,13 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qat import ranks, signals
+from qat.checkpoints import Checkpoints
 from qat.metrics import Metrics
-from qat.progress import bar
+from qat.progress import bar, say
 from qat.train.callbacks import CheckpointCallback, MetricsCallback, ValidationCallback
 from qat.train.data import train_loader
 from qat.train.losses import LossWeights
 from qat.train.module import CausalLMModule, OptimOptions
 from qat.train.phases import PhaseEntry
+from qat.train.state import begin_at
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class FitOptions:
     layer_stats_every: int = 20
     eval_every: int = 0
     checkpoint_every: int = 0
+    max_skipped_steps: int = 5
+    loader_workers: int = 0
     seed: int = 0
 
 
@@ -64,7 +68,7 @@ def fit(
     options: FitOptions,
     metrics: Metrics,
     score: Callable[[nn.Module], float] | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: Checkpoints | None = None,
     title: str = "train",
 ) -> FitResult:
     """Train `student` on windows [n, block] for `options.max_steps` optimizer steps; use the result's `model` after.
@@ -73,31 +77,55 @@ def fit(
         teacher: float model for the KL term, or None.
         schedule: phases; empty trains a float model.
         score: held-out perplexity, for `eval_every`.
+        checkpoints: where to save, and to go on from the newest one found there; None neither saves nor resumes.
+
+    Raises:
+        signals.Stopped: the run was asked to stop; with `checkpoints`, the state is saved.
     """
     _quiet_lightning()
     L.seed_everything(options.seed, verbose=False)
-    module = CausalLMModule(student, teacher, loss, optim, schedule)
+    module = CausalLMModule(student, teacher, loss, optim, schedule, options.max_skipped_steps)
     student.train()
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    with bar(title, options.max_steps) as advance:
+    found, skipped = checkpoints.newest() if checkpoints else (None, [])
+    for line in skipped:
+        say(f"warning: {line}")
+    step = found.facts["step"] if found else 0
+    metrics.truncate(step)
+    with bar(title, options.max_steps, step) as advance:
         watcher = MetricsCallback(metrics, advance, options.log_every, options.layer_stats_every)
         callbacks: list[L.Callback] = [watcher]
         if options.eval_every and score is not None:
             callbacks.append(ValidationCallback(metrics, score, options.eval_every))
-        if options.checkpoint_every and checkpoints is not None:
-            callbacks.append(CheckpointCallback(checkpoints, options.checkpoint_every))
+        if checkpoints is not None:
+            checkpoints.sweep()
+            callbacks.append(CheckpointCallback(checkpoints, options.checkpoint_every, watcher, found))
         trainer = _trainer(options, callbacks)
-        loader = train_loader(windows, options.batch_size, options.seed, trainer.global_rank, trainer.world_size)
+        begin_at(trainer, step)
+        windows_done = step * options.accumulate * options.batch_size * ranks.world()
+        loader = train_loader(
+            *(windows, options.batch_size, options.seed, ranks.rank(), ranks.world()),
+            done=windows_done,
+            workers=options.loader_workers,
+        )
         template = copy.deepcopy(student) if options.strategy == "fsdp2" else None
-        try:
-            trainer.fit(module, loader)
-        except SystemExit as ended:  # how Lightning passes on a Ctrl-C
-            cause = ended.__context__
-            raise (cause if isinstance(cause, KeyboardInterrupt) else ended) from None
+        _run(trainer, module, loader)
     trained = student if template is None else _whole(student, template)
     trained.cpu().eval()
     return FitResult(trained, trainer.global_step, watcher.tokens, watcher.step_seconds)
+
+
+def _run(trainer: L.Trainer, module: CausalLMModule, loader: Any) -> None:
+    try:
+        trainer.fit(module, loader)
+    except SystemExit as ended:  # how Lightning passes on a Ctrl-C
+        cause = ended.__context__
+        raise (cause if isinstance(cause, KeyboardInterrupt) else ended) from None
+    finally:
+        signals.listen()
+    if trainer.should_stop:
+        signals.poll()
 
 
 def as_teacher(model: nn.Module, precision: str) -> nn.Module:
@@ -112,13 +140,16 @@ def as_teacher(model: nn.Module, precision: str) -> nn.Module:
 
 
 def _trainer(options: FitOptions, callbacks: list[L.Callback]) -> L.Trainer:
-    from lightning.pytorch.strategies import ModelParallelStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     world = options.devices * options.nodes
-    strategies: dict[str, Any] = {"single": "auto", "ddp": "ddp"}
-    strategy = strategies.get(options.strategy) or ModelParallelStrategy(
-        data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
-    )
+    strategies: dict[str, Callable[[], Any]] = {
+        "single": lambda: "auto",
+        # buffers are scales and observers, which train/sync.py brings together; rank 0's alone would be wrong
+        "ddp": lambda: DDPStrategy(broadcast_buffers=False),
+        "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
+    }
+    strategy = strategies[options.strategy]()
     return L.Trainer(
         accelerator=options.accelerator,
         strategy=strategy,
@@ -151,6 +182,10 @@ def _quiet_lightning() -> None:
     """Lightning's banners and tips say nothing about a run; its warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*treespec.*is deprecated.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*treespec.*is deprecated.*",
+        ".*broadcast_buffers. is deprecated.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     torch.set_float32_matmul_precision("highest")

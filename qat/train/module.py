@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError, problem
+from qat.fake_quant import whole
 from qat.models import hidden_and_head
 from qat.nn.quant import QuantLinear
+from qat.progress import say
 from qat.train.losses import LossWeights, Teacher, distillation_loss
 from qat.train.phases import PhaseEntry, PhaseState, apply_phase, state_at
 
@@ -66,6 +68,7 @@ class CausalLMModule(L.LightningModule):
         student: the model, with Quant* layers, or float for the control.
         teacher: the float model in eval mode, or None when the loss has no KL term.
         schedule: phases; empty for the control.
+        max_skipped: steps in a row that are skipped because their gradient is not finite, before the run ends.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class CausalLMModule(L.LightningModule):
         loss: LossWeights,
         optim: OptimOptions,
         schedule: Sequence[PhaseEntry] = (),
+        max_skipped: int = 0,
     ):
         super().__init__()
         self.student_loss = StudentLoss(student, loss)
@@ -82,6 +86,7 @@ class CausalLMModule(L.LightningModule):
         self._teacher = [teacher] if teacher is not None and loss.kl > 0 else []
         self.loss_weights, self.optim_options, self.schedule = loss, optim, tuple(schedule)
         self.phase: PhaseState | None = None
+        self.max_skipped, self.skipped = max_skipped, 0
 
     @property
     def student(self) -> nn.Module:
@@ -110,10 +115,6 @@ class CausalLMModule(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
         ids = batch
         loss, ce, kl = self.losses(ids)
-        if not torch.isfinite(loss):
-            fix = "Lower optim.lr, or delay fake quantization with phases=delayed; checkpoints so far are kept."
-            where = f"step {self.global_step}"
-            raise UserError(problem(where, "the loss must be finite", float(loss.detach()), fix), before_work=False)
         return {"loss": loss, "ce": ce, "kl": kl}
 
     def losses(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,10 +159,24 @@ class CausalLMModule(L.LightningModule):
         return options.final_lr_fraction + (1 - options.final_lr_fraction) * cosine
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Clip the global norm, and keep it for the log."""
+        """Clip the global norm, and keep it for the log; a step whose gradient is not finite is skipped.
+
+        The norm is that of all processes, so they skip together; without gradients AdamW leaves everything as it is.
+        """
         limit = self.optim_options.grad_clip or math.inf
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if torch.isfinite(self.grad_norm):
+            self.skipped = 0
+            return
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        where = f"step {self.global_step + 1}"
+        if self.skipped > self.max_skipped:
+            fix = "Lower optim.lr, or delay fake quantization with phases=delayed; checkpoints so far are kept."
+            got = f"NaN or infinity for the {self.skipped}. time in a row"
+            raise UserError(problem(where, "loss and gradient must be finite", got, fix), before_work=False)
+        say(f"warning: {where}: loss or gradient is not finite; the step is skipped")
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:

@@ -12,19 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat import checks
+from qat import checks, ranks
 from qat.config import RunConfig
 from qat.insert import Coverage, FakeQuantOptions, insert
 from qat.memory import keep_freed_memory
 from qat.metrics import Metrics
-from qat.models import check_tokenizer, load_model, load_tokenizer
+from qat.models import check_tokenizer, load_model, load_tokenizer, meta_model
 from qat.nn.kv import install_kv
 
 
 def float_model(config: RunConfig) -> tuple[Any, Any]:
-    """The float32 Hugging Face model in eval mode, and its tokenizer."""
+    """The float32 Hugging Face model in eval mode, and its tokenizer.
+
+    Under fsdp2 rank 0 alone has weights, and deals them out (train/sharding.py); the others have the structure.
+    """
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model)
+    elsewhere = config.trainer.strategy == "fsdp2" and ranks.rank() > 0
+    model = meta_model(config.model) if elsewhere else load_model(config.model)
     check_tokenizer(tokenizer, model.config)
     return model, tokenizer
 

@@ -113,8 +113,8 @@ def _claimed(config: RunConfig, resolved: str, threads: int, resume: Resume | No
 
 def _fingerprint(folder: RunFolder, floating: nn.Module, windows: TextWindows, resume: Resume | None) -> None:
     """Record which text and weights the run is of; a run that goes on must find the same."""
-    now = {"data": fingerprint(windows), "model": checkpoint.weights_fingerprint(floating)}
-    before = ranks.from_main(folder.manifest.get("fingerprints"))
+    now = {"data": fingerprint(windows), "model": checkpoint.weights_fingerprint(floating)} if is_main() else None
+    now, before = ranks.from_main((now, folder.manifest.get("fingerprints")))
     if resume is not None and before is not None and not resume.forced:
         changed = [name for name in now if now[name] != before[name]]
         fix = "Bring back what the run began with, or add --force to go on with what is there."

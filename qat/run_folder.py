@@ -59,7 +59,7 @@ class RunFolder:
         check_free(path, config.overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(path)
+            lock = _hold(path)
             for old in path.iterdir():
                 if old.name != LOCK:
                     shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
@@ -80,7 +80,7 @@ class RunFolder:
         path = Path(config.runs_dir) / config.name
         if not is_main():
             return cls(path)
-        lock = _take_lock(path)
+        lock = _hold(path)
         manifest, status = (_read(path / name) for name in ("manifest.json", "run_status.json"))
         folder = cls(path, manifest, float(status.get("seconds") or 0), lock=lock)
         write_text_atomic(path / "resolved.yaml", resolved)
@@ -144,6 +144,12 @@ def _take_lock(path: Path) -> Any:
         raise UserError(problem(str(path), "one process at a time works on a run", got, fix)) from None
     except OSError as error:
         say(f"warning: {path} cannot be locked ({error.strerror}); make sure that no other process works on this run")
+    return lock
+
+
+def _hold(path: Path) -> Any:
+    """The lock, for the life of this process, with a line that says who it is."""
+    lock = _take_lock(path)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
     lock.flush()

@@ -40,3 +40,9 @@ ROW_SCALE = 1e-5
 
 # Attention: queries as two int8 planes (2^-15 of the largest), an exponential with relative error 2e-7, 300 shares.
 CPU_ATTENTION = {"rtol": 1e-3, "atol": 2e-4}
+
+# Sums of gradients over two half batches in float32 against one sum over the whole batch: a few roundings of 2^-24
+# relative to the largest term. AdamW divides small gradients by their own size, so a weight whose gradient is noise may
+# step either way: less than the learning rate of 5e-3, and rarely.
+TWO_PROCESSES_LOSS = {"rtol": 1e-3, "atol": 0.0}
+TWO_PROCESSES_MEAN, TWO_PROCESSES_LARGEST = 1e-5, 2e-3

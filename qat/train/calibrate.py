@@ -16,16 +16,20 @@ from qat.progress import track
 
 @torch.no_grad()
 def calibrate(model: nn.Module, windows: Tensor, batch_size: int) -> None:
-    """Give every static or learned FakeQuantize its first scale.
+    """Give every static or learned FakeQuantize its first scale. A model on the meta device gets it from rank 0 later.
 
     Args:
         windows: [n, block] token ids shown to the observers of static inputs.
     """
+    watched = [fq for _, fq in input_fake_quants(model) if fq.observer is not None]
+    if any(parameter.is_meta for parameter in model.parameters()):
+        for _ in track(windows.split(batch_size) if watched else (), "calibrate"):
+            pass  # to hear requests to stop together with rank 0, which does the work
+        return
     for _, weight, fake_quant in quantized_weights(model):
         if fake_quant.observer is not None:
             fake_quant.observer.observe(weight)
             fake_quant.adopt_observed()
-    watched = [fq for _, fq in input_fake_quants(model) if fq.observer is not None]
     if not watched:
         return
     quants = [fq for _, _, fq in quantized_weights(model)] + watched

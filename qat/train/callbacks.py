@@ -10,12 +10,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from qat import signals
+from qat import ranks, signals
 from qat.checkpoints import Checkpoint, Checkpoints
 from qat.metrics import Metrics
 from qat.nn.quant import quantized_weights, weight_health
 from qat.progress import say
 from qat.train.module import CausalLMModule
+from qat.train.sharding import tables_gathered
 from qat.train.state import capture, restore
 
 
@@ -76,7 +77,8 @@ class MetricsCallback(L.Callback):
             self.metrics.write("phase", step, phase=phase)
             self._phase = phase
         # Lightning divides the loss it returns by the accumulation count; our parts are per batch
-        mean = {key: float(torch.stack([p[key].float() for p in self._parts]).mean()) for key in ("ce", "kl")}
+        own = torch.stack([torch.stack([p[key].float() for p in self._parts]).mean() for key in ("ce", "kl")])
+        mean = dict(zip(("ce", "kl"), ranks.reduced(own, "mean").tolist(), strict=True))
         weights = module.loss_weights
         loss = weights.ce * mean["ce"] + weights.kl * mean["kl"]
         rate = self._tokens / seconds
@@ -131,7 +133,9 @@ class ValidationCallback(L.Callback):
             return
         self._done = step
         pl_module.student.eval()
-        self.metrics.write("validation", step, perplexity=self.score(pl_module.student))
+        with tables_gathered(pl_module.student_loss):
+            perplexity = self.score(pl_module.student)
+        self.metrics.write("validation", step, perplexity=perplexity)
         pl_module.student.train()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qat import ranks, signals
 from qat.checkpoints import Checkpoints
@@ -23,6 +22,7 @@ from qat.train.data import train_loader
 from qat.train.losses import LossWeights
 from qat.train.module import CausalLMModule, OptimOptions
 from qat.train.phases import PhaseEntry
+from qat.train.sharding import gathered
 from qat.train.state import begin_at
 
 
@@ -50,7 +50,7 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The trained model, whole and on the CPU, and what was measured: steps, tokens of all processes, step seconds."""
+    """The trained model, whole and on the CPU (under fsdp2 on rank 0 only); steps, tokens of all processes, seconds."""
 
     model: Any
     steps: int
@@ -109,10 +109,9 @@ def fit(
             done=windows_done,
             workers=options.loader_workers,
         )
-        template = copy.deepcopy(student) if options.strategy == "fsdp2" else None
         _run(trainer, module, loader)
-    trained = student if template is None else _whole(student, template)
-    trained.cpu().eval()
+    trained = gathered(module.student, student) if options.strategy == "fsdp2" else student.cpu()
+    trained.eval()
     return FitResult(trained, trainer.global_step, watcher.tokens, watcher.step_seconds)
 
 
@@ -133,9 +132,10 @@ def as_teacher(model: nn.Module, precision: str) -> nn.Module:
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     if precision == "bf16":
         table = teacher.get_input_embeddings().weight  # type: ignore[operator]
-        for module in teacher.modules():
-            if isinstance(module, nn.Linear) and module.weight is not table:
-                module.weight.data = module.weight.data.bfloat16()
+        linear = {id(module.weight) for module in teacher.modules() if isinstance(module, nn.Linear)}
+        for parameter in teacher.parameters():
+            if parameter is not table and (id(parameter) in linear or parameter.dim() == 3):  # 3: experts
+                parameter.data = parameter.data.bfloat16()
     return teacher
 
 
@@ -166,16 +166,6 @@ def _trainer(options: FitOptions, callbacks: list[L.Callback]) -> L.Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def _whole(sharded: nn.Module, template: nn.Module) -> nn.Module:
-    """`template` with the values of the sharded model: every process takes part, each gets a whole copy."""
-    state = {}
-    for name, tensor in sharded.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        state[name] = whole.detach().cpu()
-    template.load_state_dict(state)
-    return template
 
 
 def _quiet_lightning() -> None:

@@ -24,6 +24,7 @@ from qat.nn.quant import QuantLinear
 from qat.progress import say
 from qat.train.losses import LossWeights, Teacher, distillation_loss
 from qat.train.phases import PhaseEntry, PhaseState, apply_phase, state_at
+from qat.train.sharding import empty_copy, shard
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ class StudentLoss(nn.Module):
         return distillation_loss(hidden, weight, head.bias, labels, teacher, self.weights)
 
 
+class TeacherStates(nn.Module):
+    """The float model up to what the loss takes of it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Teacher:
+        """Hidden states of the scored tokens of windows [B, T], and the head."""
+        base, head = hidden_and_head(self.model)
+        hidden = base(ids).last_hidden_state[:, :-1].flatten(0, 1)
+        return Teacher(hidden, head.weight, head.bias)
+
+
 class CausalLMModule(L.LightningModule):
     """Trains a Hugging Face causal LM with cross entropy and distillation from its own float weights.
 
@@ -83,7 +98,8 @@ class CausalLMModule(L.LightningModule):
         super().__init__()
         self.student_loss = StudentLoss(student, loss)
         # outside the module tree: neither trained, nor saved, nor wrapped by a distributed strategy
-        self._teacher = [teacher] if teacher is not None and loss.kl > 0 else []
+        self._teacher = [TeacherStates(teacher)] if teacher is not None and loss.kl > 0 else []
+        self.whole_student: list[nn.Module] | None = None
         self.loss_weights, self.optim_options, self.schedule = loss, optim, tuple(schedule)
         self.phase: PhaseState | None = None
         self.max_skipped, self.skipped = max_skipped, 0
@@ -94,15 +110,18 @@ class CausalLMModule(L.LightningModule):
         return self.student_loss.student
 
     def configure_model(self) -> None:
-        """Under FSDP2: each decoder block a shard unit of its own, the rest (tables, head, last norm) one more."""
+        """Under FSDP2: student and teacher dealt out over the processes."""
         mesh = getattr(self, "device_mesh", None)
-        if mesh is None:
+        if mesh is None or self.whole_student is not None:
             return
-        from torch.distributed.fsdp import fully_shard
-
-        for block in decoder_blocks(self.student):
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(self.student_loss, mesh=mesh["data_parallel"])
+        mesh, device = mesh["data_parallel"], self.trainer.strategy.root_device
+        self.whole_student = [self.student]  # a list: outside the module tree
+        self.student_loss.student = empty_copy(self.student)
+        shard(self.student_loss, self.student, mesh, device, self.whole_student[0])
+        if self._teacher:
+            whole = self._teacher[0]
+            self._teacher = [TeacherStates(empty_copy(whole.model))]
+            shard(self._teacher[0], self._teacher[0].model, mesh, device, whole.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if not self.schedule:
@@ -123,10 +142,7 @@ class CausalLMModule(L.LightningModule):
 
     @torch.no_grad()
     def _teacher_says(self, ids: Tensor) -> Teacher:
-        teacher = self._teacher[0].to(ids.device)
-        base, head = hidden_and_head(teacher)
-        hidden = base(ids).last_hidden_state[:, :-1].flatten(0, 1)
-        return Teacher(hidden, head.weight, head.bias)
+        return self._teacher[0].to(ids.device)(ids)
 
     def configure_optimizers(self) -> Any:
         """AdamW over weights, vectors (no decay) and learned scales (own rate, no decay); warm-up, then a cosine."""
@@ -177,9 +193,3 @@ class CausalLMModule(L.LightningModule):
             got = f"NaN or infinity for the {self.skipped}. time in a row"
             raise UserError(problem(where, "loss and gradient must be finite", got, fix), before_work=False)
         say(f"warning: {where}: loss or gradient is not finite; the step is skipped")
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the modules of its longest ModuleList."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=[])

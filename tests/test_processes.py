@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import scenarios
 import torch
+from quant_models import float_model, plan
 from safetensors.torch import load_file, save_file
-from tolerances import TWO_PROCESSES_LARGEST, TWO_PROCESSES_LOSS, TWO_PROCESSES_MEAN
+from tolerances import TWO_PROCESSES_CODES, TWO_PROCESSES_LARGEST, TWO_PROCESSES_LOSS, TWO_PROCESSES_MEAN
 
+from qat.checkpoint import load_state
 from qat.config import DataConfig
 from qat.data import load_windows
+from qat.insert import insert
+from qat.nn.quant import quantized_weights
 
 CASES = ("dynamic", "static", "learned", "dynamic@3", "static@1", "learned@4")
 
@@ -66,6 +70,19 @@ def test_two_processes_train_what_one_trains(results, alone, name):
         else:
             assert torch.equal(mine[key], tensor), key
     assert json.loads((results / name / "facts.json").read_text()) == {"steps": 6, "tokens": 6 * 4 * 32}
+
+
+@pytest.mark.parametrize("name", scenarios.SCENARIOS)
+def test_two_processes_end_with_the_codes_of_one(results, alone, tiny_model_dir, name):
+    scheme, how, _, _ = scenarios.SCENARIOS[name]
+    codes = []
+    for folder in (results, alone):
+        model = float_model(tiny_model_dir)
+        insert(model, plan(scheme), how)
+        load_state(model, folder / name / "state.safetensors")
+        codes.append(torch.cat([fq.codes(weight).flatten() for _, weight, fq in quantized_weights(model)]))
+    assert float((codes[0] != codes[1]).float().mean()) < TWO_PROCESSES_CODES
+    assert int((codes[0].int() - codes[1].int()).abs().max()) <= 1
 
 
 @pytest.mark.parametrize("name", [case for case in CASES if "@" in case])

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MATERIALS := $(VENV)/.materials
 
-.PHONY: quickstart test lint setup bench bench-peers bench-decode bench-ops test-sanitize test-transformers clean
+.PHONY: quickstart test lint setup bench bench-peers bench-decode bench-ops test-faults test-sanitize test-transformers clean
 
 quickstart: $(MATERIALS)
 	$(BIN)/qat train recipe=smollm2_quickstart overwrite=true
@@ -45,6 +45,10 @@ test-sanitize: $(INSTALLED)
 	  $(BIN)/python tests/fuzz_kernels.py --seconds $(FUZZ_SECONDS) || exit 1; done
 
 FUZZ_SECONDS ?= 45
+
+# real processes killed and signalled at many places; under 20 minutes
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m faults -n 2 --dist loadfile --durations=10
 
 # the hook with an older transformers, beside the environment
 OLDER := 5.17.0

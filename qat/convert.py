@@ -12,6 +12,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from qat import signals
 from qat.errors import UserError, problem
 from qat.formats.packed_model import PackedModel
 from qat.grid import QParams
@@ -26,9 +27,11 @@ def pack_model(model: nn.Module, coverage: Coverage, hf_config: dict, kv: QuantS
 
     Raises:
         UserError: a layer whose packed codes are not those of training, or a weight not yet at its final bit width.
+        signals.Stopped: between two weights.
     """
     tensors, schemes = {}, {}
     for name, weight, fake_quant in quantized_weights(model):
+        signals.poll()
         if fake_quant.now.bits != fake_quant.spec.bits:
             given = f"{fake_quant.now.bits} bits"
             fix = "Train past the last `bits` phase before exporting."

@@ -58,6 +58,8 @@ def run(config: RunConfig, resolved: str, resume: Resume | None = None) -> Path:
     student, tokenizer, windows, coverage, floating = _prepare(config)
     with _claimed(config, resolved, threads, resume) as folder:
         _fingerprint(folder, floating, windows, resume)
+        if resume is not None:
+            folder.goes_on(resolved)
         teacher = _calibrate(config, folder, student, windows, coverage, floating)
         train = _train(config, folder, student, teacher, windows)
         # with KL to the float model alone, the control is that model
@@ -68,7 +70,7 @@ def run(config: RunConfig, resolved: str, resume: Resume | None = None) -> Path:
             return folder.path
         # one reference to the trained model, so that `del` below really frees it
         student, train = train.model, replace(train, model=None)
-        folder.stage("evaluating", train.steps)
+        _enter(folder, "evaluating", train.steps)
         scores = {"fake_quant": _score(config, student, windows, floating, "evaluate QAT")}
         packed = pack_model(student, coverage, floating.config.to_dict(), build.checks.kv_spec(config.kv))
         del student
@@ -76,13 +78,13 @@ def run(config: RunConfig, resolved: str, resume: Resume | None = None) -> Path:
             _baselines(config, floating, control, windows, scores)
         results = _results(config, scores, windows, train, coverage, control is None)
         del control
-        folder.stage("exporting", train.steps)
+        _enter(folder, "exporting", train.steps)
         export = folder.path / "export" / config.export.format
         # an export of this run that an earlier process left is replaced
         write_export(packed, digests(packed), tokenizer, export, _overwriting(config), results)
         del packed, floating, teacher
         return_freed_memory()
-        folder.stage("verifying", train.steps)
+        _enter(folder, "verifying", train.steps)
         parity = _fresh_process("verify", str(folder.path))
         answers = _answers(config, export)
         _finish(config, folder, results, json.loads(parity), answers)
@@ -100,14 +102,15 @@ class Resume:
 @contextmanager
 def _claimed(config: RunConfig, resolved: str, threads: int, resume: Resume | None) -> Iterator[RunFolder]:
     """Hold the run folder, and record in it how the run ended if it did not end well."""
-    folder = RunFolder.create(config, resolved, threads) if resume is None else RunFolder.reopen(config, resolved)
+    folder = RunFolder.create(config, resolved, threads) if resume is None else RunFolder.reopen(config)
     say(f"run folder: {folder.path}")
     try:
         yield folder
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         status = error.status if isinstance(error, signals.Stopped) else status
-        folder.status(status, **folder.where, error=str(error))
+        if folder.where:  # a resume that was refused leaves all as it was
+            folder.status(status, **folder.where, error=str(error))
         raise
 
 
@@ -123,6 +126,12 @@ def _fingerprint(folder: RunFolder, floating: nn.Module, windows: TextWindows, r
                 *(problem(f"{n}.path", "must be what the run began with", "other content", fix) for n in changed)
             )
     folder.record(fingerprints=now)
+
+
+def _enter(folder: RunFolder, stage: str, step: int) -> None:
+    """The next stage of the run, unless a request to stop came in the one before."""
+    signals.poll()
+    folder.stage(stage, step)
 
 
 def _overwriting(config: RunConfig) -> RunConfig:
@@ -166,7 +175,7 @@ def _calibrate(
 def _train(
     config: RunConfig, folder: RunFolder, student: nn.Module, teacher: nn.Module | None, windows: TextWindows
 ) -> Any:
-    folder.stage("training", step=0)
+    _enter(folder, "training", step=0)
     metrics = build.metrics(config, folder.path, asdict(config), folder.manifest.get("wandb_run"))
     folder.record(wandb_run=metrics.run_id)
     held_out = windows.evaluation[: max(1, 4096 // config.data.block_size)]
@@ -251,7 +260,7 @@ def _train_control(
     """The float model trained on the same windows, in the same order, with the same loss and optimizer."""
     options = build.training(config) | {"schedule": []}
     metrics = Metrics(folder.path / "control")
-    folder.stage("training the control", step=0)
+    _enter(folder, "training the control", step=0)
     places = folder.path / "control/checkpoints"
     return _trained(places, config, copy.deepcopy(floating), teacher, windows, options, metrics, "control").model
 

@@ -75,19 +75,24 @@ class RunFolder:
         return folder
 
     @classmethod
-    def reopen(cls, config: RunConfig, resolved: str) -> RunFolder:
-        """Claim the folder of a run that goes on; UserError when another process holds it or it cannot be read."""
+    def reopen(cls, config: RunConfig) -> RunFolder:
+        """Hold the folder of a run that is to go on; UserError when another process does, or it cannot be read."""
         path = Path(config.runs_dir) / config.name
         if not is_main():
             return cls(path)
         lock = _hold(path)
         manifest, status = (_read(path / name) for name in ("manifest.json", "run_status.json"))
-        folder = cls(path, manifest, float(status.get("seconds") or 0), lock=lock)
-        write_text_atomic(path / "resolved.yaml", resolved)
+        return cls(path, manifest, float(status.get("seconds") or 0), lock=lock)
+
+    def goes_on(self, resolved: str) -> None:
+        """The run goes on, with this configuration."""
+        if not is_main():
+            return
+        status = _read(self.path / "run_status.json")
+        write_text_atomic(self.path / "resolved.yaml", resolved)
         again = {"at": _now(), "after": status.get("status"), "command": " ".join(["qat", *sys.argv[1:]])}
-        folder.record(resumed=[*manifest.get("resumed", []), again])
-        folder.stage("loading", step=status.get("step", 0))
-        return folder
+        self.record(resumed=[*self.manifest.get("resumed", []), again])
+        self.stage("loading", step=status.get("step", 0))
 
     @property
     def seconds(self) -> float:

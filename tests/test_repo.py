@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": {"errors", "scheme", "grid", "estimators", "packing", "fake_quant", "kernels"},
     "insert": {"errors", "scheme", "estimators", "fake_quant", "nn"},
     "formats": {"errors", "scheme", "grid", "packing"},
-    "convert": {"errors", "scheme", "grid", "packing", "nn", "insert", "formats"},
+    "convert": {"errors", "signals", "scheme", "grid", "packing", "nn", "insert", "formats"},
     "models": {"errors", "paths", "config"},
     "data": {"errors", "paths", "config"},
     "evaluate": {"progress", "models"},

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qat.errors import UserError, problem
 
 if TYPE_CHECKING:
-    from qat.config import RunConfig
+    from qat.config import RunConfig, TrainerConfig
 
 # what may differ from the run's beginning; `trainer.devices` and the like change at most the last bits
 FREE = ("evaluate", "export", "logger")
@@ -26,6 +26,7 @@ FREE_TRAINER = (
     *("eval_every", "log_every", "layer_stats_every", "checkpoint_every", "checkpoint_keep"),
     *("max_skipped_steps", "loader_workers", "timeout_minutes"),
 )
+BATCH = ("batch_size", "accumulate")  # their product with the number of processes is compared instead
 NEVER = ("scheme", "plan", "kv", "fake_quant", "model")
 
 
@@ -67,10 +68,15 @@ def run(args: argparse.Namespace) -> int:
 def _check_changes(before: RunConfig, after: RunConfig, forced: bool) -> None:
     """Refuse what would make it another run."""
     old, new = (_flat(asdict(config), "") for config in (before, after))
+    was, now = global_batch(before.trainer), global_batch(after.trainer)
     problems = []
+    if was != now and not forced:
+        fix = "Set trainer.batch_size and trainer.accumulate for the new number of processes; the result differs in last bits."
+        wanted = f"this run sees {was} windows a step"
+        problems.append(problem("batch_size * accumulate * devices * nodes", wanted, now, fix))
     for key in sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):
         group, _, rest = key.partition(".")
-        if group in FREE or (group == "trainer" and rest in FREE_TRAINER):
+        if group in FREE or (group == "trainer" and rest in (*FREE_TRAINER, *BATCH)):
             continue
         if group in NEVER or not forced:
             fix = "Train it as a run of its own name, or leave the setting out"
@@ -78,6 +84,11 @@ def _check_changes(before: RunConfig, after: RunConfig, forced: bool) -> None:
             problems.append(problem(key, f"this run has {old.get(key)}", new.get(key), fix))
     if problems:
         raise UserError(*problems)
+
+
+def global_batch(trainer: TrainerConfig) -> int:
+    """Windows of all processes in one optimizer step."""
+    return trainer.batch_size * trainer.accumulate * trainer.devices * trainer.nodes
 
 
 def _flat(content: Any, prefix: str) -> dict[str, Any]:

@@ -142,12 +142,17 @@ class ValidationCallback(L.Callback):
 class CheckpointCallback(L.Callback):
     """Puts back the state that a run goes on from, saves every `every` steps, and hears requests to stop.
 
-    Must stand last: what the other callbacks noted at a step belongs to its checkpoint.
+    Must stand last: what the other callbacks noted at a step belongs to its checkpoint. `per_step` windows, of all
+    processes, are seen in a step.
     """
 
-    def __init__(self, checkpoints: Checkpoints, every: int, watcher: MetricsCallback, found: Checkpoint | None):
+    def __init__(
+        self, checkpoints: Checkpoints, every: int, watcher: MetricsCallback, found: Checkpoint | None, per_step: int
+    ):
         self.checkpoints, self.every, self.watcher, self.found = checkpoints, every, watcher, found
-        self._polled = found.facts["step"] if found else 0
+        self._polled: int = found.facts["step"] if found else 0
+        self._windows: int = found.facts["windows"] if found else 0
+        self._per_step = per_step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         signals.listen()  # Lightning has put its own handlers over ours
@@ -160,6 +165,7 @@ class CheckpointCallback(L.Callback):
         step = trainer.global_step
         if step == self._polled:
             return
+        self._windows += self._per_step
         self._polled = step
         asked = signals.requested()
         if asked:
@@ -168,7 +174,7 @@ class CheckpointCallback(L.Callback):
         if asked or (self.every and step % self.every == 0):
             watched, seen = self.watcher.state()
             pieces, facts = capture(trainer, pl_module.student, seen)
-            self.checkpoints.save(step, pieces, facts | {"watcher": watched})
+            self.checkpoints.save(step, pieces, facts | {"watcher": watched, "windows": self._windows})
 
 
 def peak_memory_gib() -> float:

@@ -91,7 +91,12 @@ def fit(
     found, skipped = checkpoints.newest() if checkpoints else (None, [])
     for line in skipped:
         say(f"warning: {line}")
-    step = found.facts["step"] if found else 0
+    step, windows_done = (found.facts["step"], found.facts["windows"]) if found else (0, 0)
+    if found and found.facts["world"] != ranks.world():
+        was = found.facts["world"]
+        say(
+            f"warning: {was} processes before, {ranks.world()} now: the same windows in the same order, other last bits"
+        )
     metrics.truncate(step)
     with bar(title, options.max_steps, step) as advance:
         watcher = MetricsCallback(metrics, advance, options.log_every, options.layer_stats_every)
@@ -100,10 +105,10 @@ def fit(
             callbacks.append(ValidationCallback(metrics, score, options.eval_every))
         if checkpoints is not None:
             checkpoints.sweep()
-            callbacks.append(CheckpointCallback(checkpoints, options.checkpoint_every, watcher, found))
+            per_step = options.accumulate * options.batch_size * ranks.world()
+            callbacks.append(CheckpointCallback(checkpoints, options.checkpoint_every, watcher, found, per_step))
         trainer = _trainer(options, callbacks)
         begin_at(trainer, step)
-        windows_done = step * options.accumulate * options.batch_size * ranks.world()
         loader = train_loader(
             *(windows, options.batch_size, options.seed, ranks.rank(), ranks.world()),
             done=windows_done,

@@ -1,4 +1,4 @@
-"""Real processes, alone and under torchrun, signalled and killed: nothing is lost, nobody hangs, nothing stays behind."""
+"""Real processes, alone and under torchrun, signalled and killed: nothing is lost, nobody hangs or stays behind."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _check_changes(before: RunConfig, after: RunConfig, forced: bool) -> None:
     was, now = global_batch(before.trainer), global_batch(after.trainer)
     problems = []
     if was != now and not forced:
-        fix = "Set trainer.batch_size and trainer.accumulate for the new number of processes; the result differs in last bits."
+        fix = "Set trainer.batch_size and trainer.accumulate so that the product stays; only last bits will differ."
         wanted = f"this run sees {was} windows a step"
         problems.append(problem("batch_size * accumulate * devices * nodes", wanted, now, fix))
     for key in sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k)):

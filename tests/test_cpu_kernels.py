@@ -81,7 +81,24 @@ def compare_all() -> None:
                 fine = cpu.matmul(op_of(spec, 16), x, laid_out)
                 bound = CPU_FLOAT_INPUTS * x.abs().amax(-1, keepdim=True) * exact.abs().sum(-1).float() + 1e-12
                 assert ((fine - x.double() @ exact.t()).abs() <= bound).all()
+                compare_top(x, weight, laid_out)
     compare_rows()
+
+
+def compare_top(x: torch.Tensor, head: PackedTensor, laid_out: cpu.CpuWeight) -> None:
+    """The k best are those of the logits that the matmul gives, and near the reference's."""
+    n = head.shape[0]
+    for int8_inputs, input_spec in ((True, TOKEN), (False, None)):
+        logits = cpu.matmul(op_of(head.spec, 8 if int8_inputs else 16), x, laid_out)
+        values, order = logits.sort(dim=-1, descending=True, stable=True)
+        wanted, _ = reference.lm_head_top(x, head, n, input_spec)
+        largest = x.abs().amax(-1, keepdim=True) * head.dequantize(torch.float32).abs().sum(-1).amax()
+        limit = (CPU_INTEGER_INPUTS if int8_inputs else CPU_FLOAT_INPUTS) * largest + 1e-12
+        for k in {1, (n + 1) // 2, n}:
+            found, tokens = cpu.lm_head_top(x, laid_out, k, int8_inputs)
+            assert torch.equal(found, values[:, :k]) and torch.equal(tokens, order[:, :k])
+            # the k-th largest moves by no more than the largest error
+            assert ((found - wanted[:, :k]).abs() <= limit).all()
 
 
 def compare_rows() -> None:
@@ -189,6 +206,7 @@ def test_ops_pass_opcheck_and_know_their_shapes_on_meta():
         (ops.w4a16_matmul, (x, weight.blob, weight.grid)),
         (ops.w8a16_matmul, (x, wide.blob, wide.grid)),
         (ops.packed_embedding, (ids, weight.blob, weight.grid)),
+        (ops.lm_head_top, (x, weight.blob, weight.grid, 3, False)),
         (ops.rmsnorm_quantize, (x, torch.ones(64), 1e-5)),
         (ops.silu_mul_quantize, (x, x.flip(0).contiguous())),
     ):
@@ -220,6 +238,42 @@ def test_op_refuses_what_would_read_outside_its_arguments(change, match):
     blob = cpu.prepack([packed_weight(GRIDS["int4-g32"], 17, 64)]).blob
     with pytest.raises(RuntimeError, match=match):
         torch.ops.qat.w4a16_matmul(*change(inputs(3, 64), blob))
+
+
+@needs_library
+def test_lm_head_top_puts_the_lower_token_first_among_equals_and_skips_nan():
+    head = packed_weight(GRIDS["int8-row"], 7, 64)
+    # every row seven times, in panels that different threads multiply
+    rows = torch.arange(7).repeat(7)
+    many = PackedTensor(head.packed[rows], head.scale[rows], None, head.spec, (49, 64))
+    x, state = inputs(3, 64), cpu.prepack([many])
+    x[1, 5] = torch.nan
+    for int8_inputs, input_spec in ((True, TOKEN), (False, None)):
+        for k in (1, 10, 49):
+            values, tokens = cpu.lm_head_top(x, state, k, int8_inputs)
+            wanted = reference.lm_head_top(x, many, k, input_spec)
+            for found, truth in zip((values[1], tokens[1]), (wanted[0][1], wanted[1][1]), strict=True):
+                assert torch.equal(found, truth) and found.unique().tolist() in ([-1], [-torch.inf])
+            # equal rows give equal logits: groups of seven, in order
+            full = tokens[::2, : k // 7 * 7].view(2, -1, 7)
+            assert torch.equal(full, full[..., :1] + 7 * torch.arange(7)) and (full[..., 0] < 7).all()
+            if int8_inputs:  # sums of integers: the reference's float sums of equal rows may differ
+                assert torch.equal(values, wanted[0]) and torch.equal(tokens, wanted[1])
+    compiled = torch.compile(lambda x: cpu.lm_head_top(x, state, 10, False)[1] + 1, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), cpu.lm_head_top(x, state, 10, False)[1] + 1)
+
+
+@needs_library
+def test_lm_head_top_takes_heads_in_bfloat16_and_refuses_impossible_k():
+    weight = inputs(33, 70).bfloat16()
+    head, x = cpu.prepack_floats([weight]), inputs(2, 70)
+    values, tokens = cpu.lm_head_top(x, head, 33, False)
+    wanted = (x @ weight.float().t()).sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(tokens, wanted.indices) and torch.allclose(values, wanted.values, atol=1e-4)
+    assert cpu.lm_head_top(x[:0], head, 2, False)[1].shape == (0, 2)
+    for k in (0, 34, 2000):
+        with pytest.raises(RuntimeError, match=r"k must be in \[1, 33\], got"):
+            cpu.lm_head_top(x, head, k, False)
 
 
 @needs_library

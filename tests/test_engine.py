@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tolerances import ENGINE_LOGITS
@@ -9,6 +11,7 @@ from tolerances import ENGINE_LOGITS
 from qat.config import KvConfig, ModelConfig, kv_spec, load_scheme
 from qat.convert import pack_model
 from qat.errors import UserError
+from qat.grid import QParams
 from qat.insert import FakeQuantOptions, insert
 from qat.kernels import cpu
 from qat.models import load_model
@@ -87,6 +90,31 @@ def test_engine_runs_mixed_schemes_and_layers_kept_in_float(tiny_model_dir):
     assert_same_logits(planned(tiny_model_dir, rules, None), prompt(37))
 
 
+def with_stored_inputs(packed, spec):
+    """The same weights behind stored input grids that hold the inputs of one prompt."""
+    model, largest = serve(packed), {}
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _, x, name=name: largest.update({name: x[0].abs().amax()} if x else {}))
+    with torch.no_grad():
+        model(prompt(37)[None])
+    schemes = packed.schemes.items()
+    packed.schemes = {name: replace(scheme, input=spec) if scheme.input else scheme for name, scheme in schemes}
+    for name in packed.static_inputs():
+        scale = (largest[name] / 127).bfloat16().float().view(1)
+        packed.input_qparams[name] = QParams(scale, torch.zeros(1, dtype=torch.int32))
+    return packed
+
+
+@needs_library
+def test_engine_runs_stored_input_grids(tiny_model_dir):
+    packed = packed_model(tiny_model_dir, "w8a8")
+    call = prompt(9), torch.zeros(9, dtype=torch.long), torch.arange(9), torch.arange(9)
+    dynamic = Engine(packed, 64).forward(*call)
+    packed = with_stored_inputs(packed, load_scheme("w8a8_static").input)
+    assert_same_logits(packed, prompt(37))
+    assert not torch.equal(Engine(packed, 64).forward(*call), dynamic)
+
+
 @needs_library
 def test_engine_attends_past_one_split_of_the_positions_and_within_a_window(tiny_model_dir):
     packed = planned(tiny_model_dir, {}, "w4a16_g32")
@@ -156,7 +184,5 @@ def test_engine_says_which_models_it_cannot_run(tiny_gpt2_dir, tiny_mixtral_dir,
     assert "gpt2 is not one of" in str(refuses(packed_model(tiny_gpt2_dir, "w4a16_g32")))
     assert "mixtral is not one of" in str(refuses(packed_model(tiny_mixtral_dir, "w4a16_g32")))
     with pytest.raises(UserError, match=r"engine: must be able .* stored input grids are not supported"):
-        packed = packed_model(tiny_model_dir, "w8a8")
         scheme = load_scheme("w8a8_static")
-        packed.schemes = {name: scheme if s.input else s for name, s in packed.schemes.items()}
-        Engine(packed)
+        Engine(with_stored_inputs(packed_model(tiny_model_dir, "w8a8"), replace(scheme.input, symmetric=False)))

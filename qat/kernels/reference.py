@@ -3,6 +3,7 @@
     wna16_matmul      float inputs, n-bit weights:   y = x (scale (codes - zero_point))^T
     wna8_matmul       int8 inputs, n-bit weights:    y = sum over groups of s_x s_w sum (c_x - z_x)(c_w - z_w)
     packed_embedding  rows of a packed table
+    lm_head_top       the k largest logits, best first
 
 The integer sums are exact: |c_x c_w| < 2^15, summed over at most 256 values in float32, then over pieces in float64.
 Each is rounded to float32 once, and groups are added up with one fused multiply-add each, in order: the C++ kernels
@@ -103,6 +104,22 @@ def packed_embedding(ids: Tensor, table: PackedTensor) -> Tensor:
         zero_point = None if zero_point is None else zero_point[flat]
     picked = PackedTensor(table.packed[flat], scale, zero_point, table.spec, (flat.numel(), table.shape[-1]))
     return picked.dequantize(torch.float32).view(*ids.shape, table.shape[-1])
+
+
+def lm_head_top(hidden: Tensor, head: PackedTensor, k: int, input_spec: QuantSpec | None) -> tuple[Tensor, Tensor]:
+    """The k largest of hidden [M, K] times the packed head [V, K], and their tokens: [M, k] float32 and int64.
+
+    The largest comes first, the lower token first among equals. A NaN is never among them: a row of NaN gives -infinity
+    and -1.
+
+    Args:
+        input_spec: int8 grid of the inputs, one scale per token; None for float inputs.
+    """
+    hidden = hidden.float()
+    logits = wna16_matmul(hidden, head) if input_spec is None else wna8_matmul(hidden, head, input_spec, None)
+    numbers = torch.where(logits.isnan(), -torch.inf, logits)
+    values, tokens = (part[:, :k] for part in numbers.sort(dim=-1, descending=True, stable=True))
+    return values, torch.where(logits.gather(-1, tokens).isnan(), -1, tokens)
 
 
 def rmsnorm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

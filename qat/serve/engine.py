@@ -2,7 +2,7 @@
 
 Weights are laid out once (q, k, v merged, gate and up merged); the cache is static, bfloat16, or int8 on the grid that
 `kv=kv8` trained. Schemes with float inputs are served with float inputs (two int8 planes, see `kernels/cpu`), schemes
-with int8 inputs with int8 inputs: what is served is what was trained. `refuses` says which models it cannot run; those
+with int8 inputs, dynamic or stored, with int8 inputs: what is served is what was trained. `refuses` says which models it cannot run; those
 go through transformers' `generate` on packed layers.
 
 Weights that a plan keeps in float are served as bfloat16. Layers may have different schemes. The number of threads
@@ -14,6 +14,7 @@ Letters: M rows of a call (tokens of any sequences), S scored rows, H hidden siz
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ def _weights_refused(model: PackedModel) -> str | None:
         if name in model.floats:
             continue
         spec = model.schemes[name].input
-        if spec is not None and not spec.dynamic:
-            return f"{name}: stored input grids are not supported yet"
+        if spec is not None and not spec.dynamic and not spec.symmetric:
+            return f"{name}: stored input grids with zero points are not supported yet"
         if reason := (cpu.refuses_input(spec) if spec else None) or cpu.refuses(model.tensors[name]):
             return f"{name}: {reason}"
     return cpu.unavailable()
@@ -110,18 +111,18 @@ class Engine:
         facts += [self.vocabulary, layers, int(int8_cache)]
         linears = self._linears(model, layers)
         parts = [part for linear in linears for part in linear]
-        grids = [number for part, planes in parts for number in (*part.grid, planes)]
-        blobs = [part.blob for part, _ in parts]
+        grids = [number for part in parts for number in (*part.weight.grid, part.planes)]
+        blobs = [part.weight.blob for part in parts]
         # the table is read a row at a time
         self.bytes_per_token = sum(blob.numel() for blob in blobs[1:])
         self._handle = torch.ops.qat.engine_new(
             *(facts, config["rms_norm_eps"], self._floats(model, layers), _windows(config)),
-            *(blobs, grids, [len(linear) for linear in linears]),
+            *(blobs, grids, [part.input_scale for part in parts], [len(linear) for linear in linears]),
         )
         weakref.finalize(self, torch.ops.qat.engine_free, torch.empty(0), self._handle)
 
-    def _linears(self, model: PackedModel, layers: int) -> list[list[tuple[cpu.CpuWeight, int]]]:
-        """Laid-out weights and their planes: the table, then q k v, o, gate up, down of every layer, then the head."""
+    def _linears(self, model: PackedModel, layers: int) -> list[list[_Part]]:
+        """Laid-out weights: the table, then q k v, o, gate up, down of every layer, then the head."""
         head = [_part(model, [_head_name(model)])]
         table = head if _head_name(model) == TABLE else [_part(model, [TABLE])]
         linears = [table]
@@ -167,19 +168,34 @@ class Engine:
         return torch.ops.qat.engine_threads(torch.empty(0), self._handle)
 
 
-def _part(model: PackedModel, names: list[str]) -> tuple[cpu.CpuWeight, int]:
-    """One laid-out weight of stacked matrices, and its input planes; matrices kept in float are bfloat16."""
+@dataclass(frozen=True)
+class _Part:
+    """A laid-out weight, its input planes, and the scale of its stored input grid (0: each token its own)."""
+
+    weight: cpu.CpuWeight
+    planes: int
+    input_scale: float
+
+
+def _part(model: PackedModel, names: list[str]) -> _Part:
+    """One laid-out weight of stacked matrices; matrices kept in float are bfloat16."""
     if names[0] in model.floats:
-        return cpu.prepack_floats([model.floats[name] for name in names]), 1
+        return _Part(cpu.prepack_floats([model.floats[name] for name in names]), 1, 0.0)
     planes = 2 if model.schemes[names[0]].input is None else 1
-    return cpu.prepack([model.tensors[name] for name in names]), planes
+    return _Part(cpu.prepack([model.tensors[name] for name in names]), planes, _input_scale(model, names[0]))
 
 
-def _parts(model: PackedModel, names: list[str]) -> list[tuple[cpu.CpuWeight, int]]:
-    """Matrices that read the same inputs: merged where neighbours have the same scheme."""
+def _input_scale(model: PackedModel, name: str) -> float:
+    spec = model.schemes[name].input if name in model.schemes else None
+    return 0.0 if spec is None or spec.dynamic else float(model.input_qparams[name.removesuffix(".weight")].scale)
+
+
+def _parts(model: PackedModel, names: list[str]) -> list[_Part]:
+    """Matrices that read the same inputs: merged where neighbours have the same scheme and stored input grid."""
     groups: list[list[str]] = []
     for name in names:
-        if groups and model.schemes.get(groups[-1][0]) == model.schemes.get(name):
+        same = (model.schemes.get(name), _input_scale(model, name))
+        if groups and (model.schemes.get(groups[-1][0]), _input_scale(model, groups[-1][0])) == same:
             groups[-1].append(name)
         else:
             groups.append([name])

@@ -44,6 +44,7 @@ def unavailable() -> str | None:
     for op in ("w4a8_matmul", "w8a8_matmul", "w4a16_matmul", "w8a16_matmul"):
         torch.library.register_fake(f"qat::{op}", _matmul_shape)
     torch.library.register_fake("qat::packed_embedding", _embedding_shape)
+    torch.library.register_fake("qat::lm_head_top", _top_shapes)
     torch.library.register_fake("qat::rmsnorm_quantize", _quantized_shapes)
     torch.library.register_fake("qat::silu_mul_quantize", _quantized_shapes)
     torch.library.register_fake("qat::decode_attention", _attention_shape)
@@ -68,6 +69,10 @@ def _matmul_shape(x: Tensor, blob: Tensor, grid: list[int], input_grid: Tensor |
 
 def _embedding_shape(ids: Tensor, blob: Tensor, grid: list[int]) -> Tensor:
     return ids.new_empty(ids.shape[0], grid[1], dtype=torch.float32)
+
+
+def _top_shapes(hidden: Tensor, blob: Tensor, grid: list[int], k: int, int8_inputs: bool) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape[0], k), hidden.new_empty(hidden.shape[0], k, dtype=torch.int64)
 
 
 def _quantized_shapes(x: Tensor, other: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -189,3 +194,15 @@ def embedding(ids: Tensor, table: CpuWeight) -> Tensor:
     """Rows `ids` [...] of a laid-out table: [..., K] float32."""
     rows = torch.ops.qat.packed_embedding(ids.reshape(-1).long(), table.blob, table.grid)
     return rows.view(*ids.shape, table.k)
+
+
+def lm_head_top(hidden: Tensor, head: CpuWeight, k: int, int8_inputs: bool) -> tuple[Tensor, Tensor]:
+    """The k largest logits of hidden [..., K] and their tokens, [..., k] float32 and int64, as the engine finds them.
+
+    Args:
+        k: at most 1024.
+        int8_inputs: inputs rounded to int8 per token, else taken as floats.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1]).float().contiguous()
+    values, tokens = torch.ops.qat.lm_head_top(rows, head.blob, head.grid, k, int8_inputs)
+    return values.view(*hidden.shape[:-1], k), tokens.view(*hidden.shape[:-1], k)

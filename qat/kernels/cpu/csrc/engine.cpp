@@ -11,23 +11,6 @@ namespace qat {
 namespace {
 
 constexpr int64_t OWN_ROWS = 2;      // up to here every thread prepares all rows itself
-constexpr int64_t AT_ONCE = 64;      // panels multiplied before their outputs are looked at
-constexpr int64_t DYNAMIC_ROWS = 8;  // from here on pieces go to whoever is free
-
-void grow(std::vector<float>& v, int64_t size) {
-  if (static_cast<int64_t>(v.size()) < size) v.resize(size);
-}
-
-void fit(Rounded& r, const Wanted& w, int64_t rows) {
-  const size_t padded = w.group * w.groups, n = rows * w.planes;
-  if (w.floats) {
-    grow(r.floats, rows * padded);
-    return;
-  }
-  r.codes.resize(std::max(r.codes.size(), n * padded));
-  r.sums.resize(std::max(r.sums.size(), n * w.groups));
-  r.scales.resize(std::max(r.scales.size(), n));
-}
 
 // Memory has a first answer on its way while the threads meet: the start of a stream that is read next.
 void fetch(const uint8_t* at, int64_t bytes) {
@@ -42,54 +25,7 @@ void fetch_share(const Linear& next, const Team& team, int member) {
   }
 }
 
-void round_row(const float* x, const Linear& linear, size_t which, int64_t row, Rounded& r, float* rest) {
-  const Wanted& w = linear.wanted[which];
-  const int64_t padded = w.group * w.groups;
-  if (w.floats) {
-    std::memcpy(r.floats.data() + row * padded, x, linear.k * sizeof(float));
-    std::fill(r.floats.begin() + row * padded + linear.k, r.floats.begin() + (row + 1) * padded, 0.f);
-    return;
-  }
-  Packed like{};
-  like.k = linear.k, like.group = w.group, like.groups = w.groups;
-  quantize_planes(x, like, w.planes, r.codes.data() + row * w.planes * padded, r.sums.data() + row * w.planes * w.groups,
-                  r.scales.data() + row * w.planes, rest);
-}
-
-Inputs inputs_of(const Rounded& r, const Wanted& w) {
-  return {r.codes.data(), r.sums.data(), r.scales.data(), r.floats.data(), w.group * w.groups, w.planes};
-}
-
 }  // namespace
-
-void Linear::add(const Packed& weight, int planes) {
-  const Wanted want{weight.container == 16 ? 1 : planes, weight.group, weight.groups, weight.container == 16};
-  size_t at = std::find(wanted.begin(), wanted.end(), want) - wanted.begin();
-  if (at == wanted.size()) wanted.push_back(want);
-  parts.push_back({weight, n, at});
-  k = weight.k, n += weight.n, panels += weight.panels, bytes += weight.panels * weight.panel_bytes;
-}
-
-// The k best of one row, found by one thread over its panels.
-struct Engine::Best {
-  std::vector<float> values;
-  std::vector<int64_t> tokens;
-
-  void reset(int64_t k) {
-    values.assign(k, -INFINITY);
-    tokens.assign(k, -1);
-  }
-  void offer(float value, int64_t token) {
-    const size_t k = values.size();
-    const auto before = [&](size_t i) {
-      return value > values[i] || (value == values[i] && token < tokens[i]) || tokens[i] < 0;
-    };
-    if (!(value == value) || !before(k - 1)) return;
-    size_t at = k - 1;
-    for (; at > 0 && before(at - 1); --at) values[at] = values[at - 1], tokens[at] = tokens[at - 1];
-    values[at] = value, tokens[at] = token;
-  }
-};
 
 struct Engine::Call {
   const int64_t *ids, *slot, *position;
@@ -101,7 +37,7 @@ struct Engine::Call {
   bool one_each;                   // no two rows of one slot: a row's keys are needed by that row alone
   bool own;                        // every thread prepares all rows itself
   int64_t splits;                  // partial attentions of a row and kv head, at most
-  std::vector<std::vector<Best>> best;  // [thread][scored]
+  Top top;
 };
 
 void Engine::allocate() {
@@ -123,40 +59,14 @@ Cache Engine::cache(int64_t layer, int64_t slot, int64_t kv_head) {
           is_int8 ? value_scales_.data() + at : nullptr};
 }
 
-// y [rows, w.n] = made rows times w. `after(first row of the output, one past the last)` sees each piece while it is in cache.
 template <class Row, class After>
 void Engine::multiply(Call& call, Team& team, int member, const Linear& w, int64_t rows, const Row& make, float* y,
                       const After& after) {
   Scratch& mine = mine_[member];
   grow(mine.rest, w.k), grow(mine.row, w.k);
-  std::vector<Rounded>& rounded = call.own ? mine.rounded : shared_.rounded;
-  const auto prepare = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* row = make(i, mine.row.data());
-      for (size_t j = 0; j < w.wanted.size(); ++j) round_row(row, w, j, i, rounded[j], mine.rest.data());
-    }
-  };
-  if (call.own) {
-    if (rounded.size() < w.wanted.size()) rounded.resize(w.wanted.size());
-    for (size_t j = 0; j < w.wanted.size(); ++j) fit(rounded[j], w.wanted[j], rows);
-    prepare(0, rows);
-  } else {
-    team.each(member, rows, rows >= DYNAMIC_ROWS ? 2 : 0, prepare);
-    team.barrier();
-  }
-  const int64_t piece = rows >= DYNAMIC_ROWS ? std::max<int64_t>(1, w.panels / (team.size() * 8)) : 0;
-  team.each(member, w.panels, piece, [&](int64_t begin, int64_t end) {
-    for (const Part& part : w.parts) {
-      const int64_t last = std::min(end, part.weight.panels);
-      for (int64_t at = std::max<int64_t>(begin, 0); at < last; at += AT_ONCE) {
-        const int64_t stop = std::min(at + AT_ONCE, last);
-        kernels().matmul(part.weight, inputs_of(rounded[part.wanted], w.wanted[part.wanted]), rows, at, stop,
-                         y + part.column, w.n);
-        after(part.column + at * PANEL, part.column + std::min(stop * PANEL, part.weight.n));
-      }
-      begin -= part.weight.panels, end -= part.weight.panels;
-    }
-  });
+  if (call.own) fit(mine.rounded, w, rows);
+  qat::multiply(team, member, w, rows, call.own, call.own ? mine.rounded : shared_.rounded, mine.row.data(),
+                mine.rest.data(), make, y, after);
 }
 
 void Engine::rotate(float* head, int64_t position, const float* own_norm) const {
@@ -284,35 +194,21 @@ void Engine::run(Call& call, Team& team, int member) {
     kernels().norm(out, final_norm, h, s.eps, out);
     return out;
   };
-  std::vector<Best>& best = call.best[member];
   float* logits = call.k > 0 ? logits_.data() : call.values;
   multiply(call, team, member, head, call.scored_count, last, logits, [&](int64_t begin, int64_t end) {
-    if (call.k == 0) return;
-    for (int64_t i = 0; i < call.scored_count; ++i)
-      for (int64_t token = begin; token < end; ++token) best[i].offer(logits[i * s.vocabulary + token], token);
+    if (call.k > 0) call.top.offer(member, logits, s.vocabulary, begin, end);
   });
   if (call.k == 0) return;
   team.barrier();
-  if (member == 0) finish(call, team.size());
-}
-
-// The best of every thread's best.
-void Engine::finish(Call& call, int members) {
-  for (int64_t i = 0; i < call.scored_count; ++i) {
-    Best& first = call.best[0][i];
-    for (int other = 1; other < members; ++other)
-      for (int64_t j = 0; j < call.k; ++j)
-        if (call.best[other][i].tokens[j] >= 0) first.offer(call.best[other][i].values[j], call.best[other][i].tokens[j]);
-    std::copy(first.values.begin(), first.values.end(), call.values + i * call.k);
-    std::copy(first.tokens.begin(), first.tokens.end(), call.tokens + i * call.k);
-  }
+  if (member == 0) call.top.finish(team.size(), call.values, call.tokens);
 }
 
 void Engine::forward(const int64_t* ids, const int64_t* slot, const int64_t* position, int64_t m, const int64_t* scored,
                      int64_t scored_count, int64_t k, float* values, int64_t* tokens) {
   if (m == 0) return;
   const Shape& s = shape;
-  Call call{ids, slot, position, m, scored, scored_count, k, values, tokens, true, m <= OWN_ROWS, 0, {}};
+  const int most = static_cast<int>(std::max<int64_t>(1, torch::stable::get_num_threads()));
+  Call call{ids, slot, position, m, scored, scored_count, k, values, tokens, true, m <= OWN_ROWS, 0, {most, scored_count, k}};
   std::vector<char> seen(s.slots, 0);
   int64_t cached = 0;
   for (int64_t i = 0; i < m; ++i) {
@@ -328,16 +224,10 @@ void Engine::forward(const int64_t* ids, const int64_t* slot, const int64_t* pos
   if (!call.own) {
     grow(shared_.x, m * s.hidden);
     for (const Layer& layer : layers)
-      for (const Linear* w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) prepare_shared(*w, m);
-    prepare_shared(head, scored_count);
+      for (const Linear* w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) fit(shared_.rounded, *w, m);
+    fit(shared_.rounded, head, scored_count);
   }
-  const int most = static_cast<int>(std::max<int64_t>(1, torch::stable::get_num_threads()));
   if (mine_.size() < static_cast<size_t>(most)) mine_.resize(most);
-  call.best.resize(most);
-  for (auto& of_thread : call.best) {
-    of_thread.resize(scored_count);
-    for (Best& best : of_thread) best.reset(k);
-  }
   Pace& pace = pace_[std::min<int64_t>(m, DYNAMIC_ROWS)];
   const bool adapts = m < DYNAMIC_ROWS;  // longer calls share their work in small pieces
   threads_ = adapts ? pace.choose(most) : most;
@@ -345,11 +235,6 @@ void Engine::forward(const int64_t* ids, const int64_t* slot, const int64_t* pos
   Team::run(threads_, [&](Team& team, int member) { run(call, team, member); });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - started;
   if (adapts) pace.record(seconds.count() / static_cast<double>(bytes_ + cached * s.kv_heads * s.head_dim * 2 * layers.size()));
-}
-
-void Engine::prepare_shared(const Linear& w, int64_t rows) {
-  if (shared_.rounded.size() < w.wanted.size()) shared_.rounded.resize(w.wanted.size());
-  for (size_t j = 0; j < w.wanted.size(); ++j) fit(shared_.rounded[j], w.wanted[j], rows);
 }
 
 }  // namespace qat

@@ -9,34 +9,9 @@
 #include <memory>
 #include <vector>
 
-#include "matmul.h"
-#include "team.h"
+#include "linear.h"
 
 namespace qat {
-
-// What a weight wants of its inputs; parts that want the same share one rounding.
-struct Wanted {
-  int planes;                      // 1: int8 inputs; 2: float inputs as two int8 planes, error about 2^-15
-  int64_t group, groups;
-  bool floats;                     // container 16 reads floats
-  bool operator==(const Wanted& o) const {
-    return planes == o.planes && group == o.group && groups == o.groups && floats == o.floats;
-  }
-};
-
-struct Part {
-  Packed weight;
-  int64_t column;                  // of the output, where this part's rows begin
-  size_t wanted;                   // index into Linear::wanted
-};
-
-// One matmul of a layer: several packed weights that read the same inputs, side by side in the output.
-struct Linear {
-  std::vector<Part> parts;
-  std::vector<Wanted> wanted;
-  int64_t k = 0, n = 0, panels = 0, bytes = 0;
-  void add(const Packed& weight, int planes);
-};
 
 struct Layer {
   Linear qkv, out, gate_up, down;
@@ -50,13 +25,6 @@ struct Shape {
   int64_t hidden, heads, kv_heads, head_dim, inner, positions, slots, vocabulary;
   float eps;
   bool int8_cache;
-};
-
-// Rows rounded for the weights of one Linear: a buffer per kind of input that they want.
-struct Rounded {
-  std::vector<int8_t> codes;
-  std::vector<int32_t> sums;
-  std::vector<float> scales, floats;
 };
 
 struct Scratch {
@@ -81,10 +49,7 @@ struct Engine {
 
  private:
   struct Call;
-  struct Best;
   void run(Call& call, Team& team, int member);
-  void finish(Call& call, int members);
-  void prepare_shared(const Linear& w, int64_t rows);
   template <class Row, class After>
   void multiply(Call& call, Team& team, int member, const Linear& w, int64_t rows, const Row& make, float* y,
                 const After& after);

@@ -49,10 +49,10 @@ struct Inputs {
 
 // y[m][32 p ..] for panels p in [begin, end) and all m rows
 using MatmulFn = void (*)(const Packed&, const Inputs&, int64_t m, int64_t begin, int64_t end, float* y, int64_t ldy);
-// int8 codes of one row: scale = absmax / 127, rounded half to even; sums per group. A row that is not finite gets the
-// scale NaN, so that all it touches is NaN. Codes behind k are zero.
-using QuantizeFn = void (*)(const float* x, int64_t k, int64_t padded, int64_t group, int8_t* codes, int32_t* sums,
-                            float* scale);
+// int8 codes of one row: scale = absmax / 127, or `stored` (scale and zero point) where it is not null; rounded half to even;
+// sums per group. A row that is not finite gets the scale NaN, so that all it touches is NaN. Codes behind k are zero.
+using QuantizeFn = void (*)(const float* x, int64_t k, int64_t padded, int64_t group, const float* stored, int8_t* codes,
+                            int32_t* sums, float* scale);
 
 // Keys and values of one sequence and kv head, from position 0. Keys stand in blocks of 16 positions:
 //   int8:  byte [block][d / 4][16][4] = code + 128, scales [T];    bfloat16: [block][d / 2][16][2]

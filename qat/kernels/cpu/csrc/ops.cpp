@@ -30,10 +30,10 @@ const Kernels& kernels() {
 
 void quantize_planes(const float* x, const Packed& w, int planes, int8_t* codes, int32_t* sums, float* scales,
                      float* rest) {
-  kernels().quantize(x, w.k, w.padded(), w.group, codes, sums, scales);
+  kernels().quantize(x, w.k, w.padded(), w.group, nullptr, codes, sums, scales);
   if (planes == 1) return;
   for (int64_t c = 0; c < w.k; ++c) rest[c] = x[c] - scales[0] * codes[c];
-  kernels().quantize(rest, w.k, w.padded(), w.group, codes + w.padded(), sums + w.groups, scales + 1);
+  kernels().quantize(rest, w.k, w.padded(), w.group, nullptr, codes + w.padded(), sums + w.groups, scales + 1);
 }
 
 void check(const torch::stable::Tensor& x, torch::headeronly::ScalarType type, int64_t dims, const char* what) {

@@ -11,10 +11,17 @@
 
 namespace {
 
-// As qat/grid.py rounds: x / scale in float32, half to even, clamped to [-128, 127]. Sixteen values, as whole numbers.
-inline i16 codes16(v16 x, v16 scale) {
+// As qat/grid.py rounds: x / scale in float32, half to even, plus zero, clamped to [-128, 127]. Sixteen values, as whole
+// numbers. Without a stored grid |x / scale| is at most 127 and zero is 0.
+template <bool STORED>
+inline i16 codes16(v16 x, v16 scale, i16 zero) {
   const v16 shifter = all(0x1.8p23f);  // adding it rounds to a whole number, half to even, and keeps it in the low bits
-  const i16 codes = reinterpret_cast<i16>(x / scale + shifter) - reinterpret_cast<i16>(shifter);
+  v16 scaled = x / scale;
+  if (STORED) {  // what the last line clamps anyway, and the low bits hold; |zero| is at most 128
+    scaled = scaled < all(-300.f) ? all(-300.f) : scaled;
+    scaled = scaled > all(300.f) ? all(300.f) : scaled;
+  }
+  const i16 codes = reinterpret_cast<i16>(scaled + shifter) - reinterpret_cast<i16>(shifter) + zero;
   const i16 low = i16{} - 128, high = i16{} + 127;
   const i16 above = codes < low ? low : codes;
   return above > high ? high : above;
@@ -34,7 +41,8 @@ inline v16 load_some(const float* x, int64_t left) {
   return v;
 }
 
-void quantize(const float* x, int64_t k, int64_t padded, int64_t group, int8_t* codes, int32_t* sums, float* scale) {
+// The largest magnitude of x [k]; infinity or NaN when one of them is.
+inline float largest_of(const float* x, int64_t k) {
   i16 bits{};  // of |x|: they compare like |x|, and those of infinities and NaN are larger than any number's
   for (int64_t i = 0; i < k; i += 16) {
     const i16 own = reinterpret_cast<i16>(load_some(x + i, k - i)) & 0x7fffffff;
@@ -42,26 +50,42 @@ void quantize(const float* x, int64_t k, int64_t padded, int64_t group, int8_t* 
   }
   int32_t top = 0;
   for (int i = 0; i < 16; ++i) top = std::max(top, bits[i]);
-  if (top >= 0x7f800000) {
-    *scale = std::numeric_limits<float>::quiet_NaN();
-    std::memset(codes, 0, padded);
-    std::memset(sums, 0, padded / group * sizeof(int32_t));
-    return;
-  }
   float largest;
   std::memcpy(&largest, &top, 4);
-  *scale = std::max(largest / 127.f, 0x1p-100f);
-  const v16 s = all(*scale);
+  return largest;
+}
+
+template <bool STORED>
+void round_to(const float* x, int64_t k, int64_t padded, int64_t group, float scale, int zero, int8_t* codes, int32_t* sums) {
+  const i16 lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const v16 s = all(scale);
   for (int64_t g = 0; g < padded / group; ++g) {
     i16 sum{};
     for (int64_t i = g * group; i < (g + 1) * group; i += 16) {
-      const i16 own = codes16(load_some(x + i, k - i), s);
+      i16 own = codes16<STORED>(load_some(x + i, k - i), s, i16{} + zero);
+      if (STORED && i + 16 > k) own = lanes < i16{} + static_cast<int32_t>(std::max<int64_t>(0, k - i)) ? own : i16{};
       sum += own;
       const b16 bytes = __builtin_convertvector(own, b16);
       std::memcpy(codes + i, &bytes, std::min<int64_t>(16, padded - i));
     }
     sums[g] = sum16(sum);
   }
+}
+
+void quantize(const float* x, int64_t k, int64_t padded, int64_t group, const float* stored, int8_t* codes, int32_t* sums,
+              float* scale) {
+  const float largest = largest_of(x, k);
+  if (!std::isfinite(largest)) {
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    std::memset(codes, 0, padded);
+    std::memset(sums, 0, padded / group * sizeof(int32_t));
+    return;
+  }
+  *scale = stored ? stored[0] : std::max(largest / 127.f, 0x1p-100f);
+  if (stored)
+    round_to<true>(x, k, padded, group, *scale, static_cast<int>(stored[1]), codes, sums);
+  else
+    round_to<false>(x, k, padded, group, *scale, 0, codes, sums);
 }
 
 void norm(const float* x, const float* weight, int64_t h, float eps, float* out) {
@@ -103,10 +127,10 @@ void append(const qat::Cache& cache, const float* key, const float* value, int64
   if (cache.key_scales) {
     int8_t codes[512];
     int32_t unused;
-    quantize(key, d, d, d, codes, &unused, cache.key_scales + position);
+    quantize(key, d, d, d, nullptr, codes, &unused, cache.key_scales + position);
     uint8_t* at = cache.keys + block * 16 * d + 4 * r;
     for (int64_t c = 0; c < d; ++c) at[c / 4 * 64 + c % 4] = static_cast<uint8_t>(codes[c] + 128);
-    quantize(value, d, d, d, codes, &unused, cache.value_scales + position);
+    quantize(value, d, d, d, nullptr, codes, &unused, cache.value_scales + position);
     std::memcpy(cache.values + position * d, codes, d);
     return;
   }
@@ -128,12 +152,12 @@ struct Planes {
 
 void split_query(const float* query, int64_t d, Planes& out) {
   float rest[512];
-  quantize(query, d, d, d, out.codes[0], &out.sums[0], &out.scales[0]);
+  quantize(query, d, d, d, nullptr, out.codes[0], &out.sums[0], &out.scales[0]);
   for (int64_t i = 0; i < d; i += 16) {
     const v16 whole = widen(load<b16>(out.codes[0] + i));
     store(rest + i, load<v16>(query + i) - all(out.scales[0]) * whole);
   }
-  quantize(rest, d, d, d, out.codes[1], &out.sums[1], &out.scales[1]);
+  quantize(rest, d, d, d, nullptr, out.codes[1], &out.sums[1], &out.scales[1]);
 }
 
 // Sixteen int8 keys against G queries of two planes: sums of (key code + 128) times query code.

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "linear.h"
 #include "ops.h"
 
 namespace {
@@ -68,24 +69,16 @@ Tensor static_matmul(const Tensor& x, const Packed& w, const Tensor& input_grid)
   check(input_grid, ScalarType::Float, 1, "input_grid [2] float32");
   STD_TORCH_CHECK(x.size(1) == w.k && input_grid.numel() == 2, "x [M, K] must have K = ", w.k, " and input_grid two values");
   const int64_t m = x.size(0);
-  const float scale = floats(input_grid)[0], zero = floats(input_grid)[1];
-  STD_TORCH_CHECK(scale > 0 && std::isfinite(scale) && std::fabs(zero) <= 128, "input_grid out of range");
+  const float* stored = floats(input_grid);
+  const float zero = stored[1];
+  STD_TORCH_CHECK(stored[0] > 0 && std::isfinite(stored[0]) && std::fabs(zero) <= 128, "input_grid out of range");
   Rounded in(m + 1, w);
-  for (int64_t i = 0; i <= m; ++i) {
-    bool is_finite = true;
-    for (int64_t c = 0; c < w.k; ++c) {
-      const float value = i < m ? floats(x)[i * w.k + c] : scale;
-      is_finite = is_finite && std::isfinite(value);
-      const float code = std::nearbyint(value / scale) + (i < m ? zero : 0.f);
-      in.codes[i * w.padded() + c] = std::isfinite(value) ? static_cast<int8_t>(std::min(127.f, std::max(-128.f, code))) : 0;
-    }
-    for (int64_t g = 0; g < w.groups; ++g) {
-      int32_t sum = 0;
-      for (int64_t c = 0; c < w.group; ++c) sum += in.codes[i * w.padded() + g * w.group + c];
-      in.sums[i * w.groups + g] = sum;
-    }
-    in.scales[i] = is_finite ? scale : std::numeric_limits<float>::quiet_NaN();
-  }
+  const std::vector<float> row_of_ones(w.k, 1.f);
+  const float unit[] = {1.f, 0.f};
+  for (int64_t i = 0; i <= m; ++i)
+    kernels().quantize(i < m ? floats(x) + i * w.k : row_of_ones.data(), w.k, w.padded(), w.group, i < m ? stored : unit,
+                       in.codes.data() + i * w.padded(), in.sums.data() + i * w.groups, &in.scales[i]);
+  in.scales[m] = stored[0];
   const Tensor both = multiply(x, w, in, m + 1, 1);
   Tensor y = torch::stable::new_empty(x, {m, w.n});
   float* out = static_cast<float*>(y.data_ptr());
@@ -121,6 +114,37 @@ Tensor packed_embedding(Tensor ids, Tensor blob, std::vector<int64_t> grid) {
   return out;
 }
 
+// The k largest of hidden [M, K] times a head [N, K] and their columns, [M, k] each, as the engine finds them. Inputs are int8
+// for int8_inputs, else two int8 planes; for a head in bfloat16 they are floats.
+std::tuple<Tensor, Tensor> lm_head_top(Tensor hidden, Tensor blob, std::vector<int64_t> grid, int64_t k, bool int8_inputs) {
+  check(hidden, ScalarType::Float, 2, "hidden [M, K] float32");
+  STD_TORCH_CHECK(grid.size() == 5, "grid must be [n, k, group, bits, zeros]");
+  const Packed w = qat::packed_of(blob, grid.data());
+  STD_TORCH_CHECK(hidden.size(1) == w.k, "hidden [M, K] must have K = ", w.k, ", got ", hidden.size(1));
+  STD_TORCH_CHECK(k > 0 && k <= qat::TOP_MOST && k <= w.n, "k must be in [1, ", std::min(w.n, qat::TOP_MOST), "], got ", k);
+  const int64_t m = hidden.size(0);
+  Tensor values = torch::stable::new_empty(hidden, {m, k});
+  Tensor columns = torch::stable::new_empty(hidden, {m, k}, ScalarType::Long);
+  if (m == 0) return {values, columns};
+  qat::Linear head;
+  head.add(w, int8_inputs ? 1 : 2, 0.f);
+  std::vector<qat::Rounded> rounded;
+  qat::fit(rounded, head, m);
+  std::vector<float> logits(m * w.n);
+  const int most = static_cast<int>(std::max<int64_t>(1, torch::stable::get_num_threads()));
+  qat::Top top(most, m, k);
+  qat::Team::run(most, [&](qat::Team& team, int member) {
+    std::vector<float> rest(w.k);
+    const auto row = [&](int64_t i, float*) { return floats(hidden) + i * w.k; };
+    qat::multiply(team, member, head, m, false, rounded, nullptr, rest.data(), row, logits.data(),
+                  [&](int64_t begin, int64_t end) { top.offer(member, logits.data(), w.n, begin, end); });
+    team.barrier();
+    if (member == 0)
+      top.finish(team.size(), static_cast<float*>(values.data_ptr()), static_cast<int64_t*>(columns.data_ptr()));
+  });
+  return {values, columns};
+}
+
 // codes [M, K] int8 and scale [M, 1] of rows that `make(i, scratch)` yields.
 template <class Make>
 std::tuple<Tensor, Tensor> rounded_rows(const Tensor& like, int64_t m, int64_t k, const Make& make) {
@@ -133,7 +157,7 @@ std::tuple<Tensor, Tensor> rounded_rows(const Tensor& like, int64_t m, int64_t k
     int32_t unused;
     for (int64_t i = begin; i < end; ++i) {
       make(i, row.data());
-      kernels().quantize(row.data(), k, k, k, bytes + i * k, &unused, scales + i);
+      kernels().quantize(row.data(), k, k, k, nullptr, bytes + i * k, &unused, scales + i);
     }
   });
   return {codes, scale};
@@ -226,6 +250,7 @@ STABLE_TORCH_LIBRARY(qat, m) {
   m.def("w4a16_matmul(Tensor x, Tensor blob, int[] grid) -> Tensor");
   m.def("w8a16_matmul(Tensor x, Tensor blob, int[] grid) -> Tensor");
   m.def("packed_embedding(Tensor ids, Tensor blob, int[] grid) -> Tensor");
+  m.def("lm_head_top(Tensor hidden, Tensor blob, int[] grid, int k, bool int8_inputs) -> (Tensor, Tensor)");
   m.def("rmsnorm_quantize(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("silu_mul_quantize(Tensor gate, Tensor up) -> (Tensor, Tensor)");
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor position, Tensor(a!) keys, "
@@ -238,6 +263,7 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("w4a16_matmul", TORCH_BOX(&a16_matmul<true>));
   m.impl("w8a16_matmul", TORCH_BOX(&a16_matmul<false>));
   m.impl("packed_embedding", TORCH_BOX(&packed_embedding));
+  m.impl("lm_head_top", TORCH_BOX(&lm_head_top));
   m.impl("rmsnorm_quantize", TORCH_BOX(&rmsnorm_quantize));
   m.impl("silu_mul_quantize", TORCH_BOX(&silu_mul_quantize));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));

@@ -1,4 +1,5 @@
-"""Random shapes, grids and inputs through the C++ kernels against the reference; run under sanitizers by
+"""Random shapes, grids and inputs through the C++ kernels against the reference, random small models through the decode
+engine against itself (one sequence at once and alone); run under sanitizers by
 `make test-sanitize`, for a limited time.
 
     python tests/fuzz_kernels.py [--seconds 120] [--seed 0]
@@ -10,6 +11,7 @@ no access may leave its memory. To fuzz another op, write one function and add i
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -18,11 +20,16 @@ import torch
 from torch import Tensor
 
 from qat import grid
+from qat.errors import UserError
+from qat.formats.packed_model import PackedModel
+from qat.grid import QParams
 from qat.kernels import cpu, reference
 from qat.packing import PackedTensor, pack
-from qat.scheme import QuantSpec
+from qat.scheme import QuantScheme, QuantSpec
+from qat.serve.engine import FAMILY, Engine
 
 TOKEN = QuantSpec(8, True, "token", None, True, "float32", True)
+STATIC = QuantSpec(8, True, "tensor", is_activation=True)
 # As in tests/tolerances.py: float inputs as two int8 planes, and one code per input on a tie
 FLOAT_INPUTS, INTEGER_INPUTS = 2**-14, 2e-6 + 1 / 127
 
@@ -161,12 +168,148 @@ def wrong_case(rng: random.Random) -> str:
     raise AssertionError(f"accepted {x.dtype} {tuple(x.shape)} for K = {k}")
 
 
+def random_model(rng: random.Random) -> PackedModel:
+    """A Llama of random small sizes, grids, biases, norms, window and cache; any part may differ from the next."""
+    kv, size, layers = rng.randint(1, 3), rng.choice((16, 32, 48, 80)), rng.randint(1, 2)
+    heads, inner = kv * rng.randint(1, 4), rng.choice((8, 40, 64, 128))
+    hidden = heads * rng.choice((1, 7, 16, 32))  # a config needs a multiple
+    vocabulary, positions = rng.choice((1, 31, 33, 100)), rng.choice((1, 5, 16, 40, 40, 300))
+    config = {"model_type": rng.choice(FAMILY), "hidden_act": "silu", "hidden_size": hidden, "head_dim": size}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": inner}
+    config |= {"num_hidden_layers": layers, "vocab_size": vocabulary, "max_position_embeddings": positions}
+    config |= {"rms_norm_eps": 1e-5, "sliding_window": rng.choice((None, 1, 7, 30)), "tie_word_embeddings": False}
+    model = PackedModel({}, {}, {}, {}, {"model.norm.weight": torch.rand(hidden)}, config, None, {})
+    model.kv = TOKEN if rng.random() < 0.5 else None
+    shapes = {f"self_attn.{name}_proj": (heads * size, hidden) for name in "q"}
+    shapes |= {f"self_attn.{name}_proj": (kv * size, hidden) for name in "kv"}
+    shapes |= {"self_attn.o_proj": (hidden, heads * size), "mlp.down_proj": (hidden, inner)}
+    shapes |= {f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
+    has_norm, has_bias = rng.random() < 0.3, rng.random() < 0.3
+    for layer in range(layers):
+        base = f"model.layers.{layer}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            model.floats[f"{base}{name}.weight"] = torch.rand(hidden)
+        for name, shape in shapes.items():
+            put_weight(rng, model, base + name, shape)
+        for name in "qk" if has_norm else "":
+            model.floats[f"{base}self_attn.{name}_norm.weight"] = torch.rand(size)
+        for name in "qkv" if has_bias else "":
+            model.floats[f"{base}self_attn.{name}_proj.bias"] = torch.randn(shapes[f"self_attn.{name}_proj"][0])
+    for name in ("model.embed_tokens", "lm_head"):
+        put_weight(rng, model, name, (vocabulary, hidden))
+    return model
+
+
+def put_weight(rng: random.Random, model: PackedModel, name: str, shape: tuple[int, int]) -> None:
+    """A weight of a random grid, with float, int8 or stored int8 inputs, or one kept in float."""
+    for parts in (model.tensors, model.schemes, model.floats):
+        parts.pop(f"{name}.weight", None)
+    spec = random_spec(rng)
+    if rng.random() < 0.1:
+        model.floats[f"{name}.weight"] = torch.randn(shape)
+        return
+    if spec.group_size and (shape[1] % spec.group_size or spec.group_size % 32):
+        spec = QuantSpec(spec.bits, spec.symmetric)
+    weight = torch.randn(shape) / shape[1] ** 0.5
+    qparams = grid.choose_qparams(*grid.min_max(weight, spec), spec)
+    inputs = None if name == "model.embed_tokens" else rng.choice((None, TOKEN, STATIC))
+    model.tensors[f"{name}.weight"] = pack(grid.quantize(weight, qparams, spec), qparams, spec)
+    model.schemes[f"{name}.weight"] = QuantScheme("random", spec, inputs)
+    if inputs is STATIC:
+        model.input_qparams[name] = QParams(torch.tensor([10 ** rng.uniform(-3, 0)]), torch.zeros(1, dtype=torch.int32))
+
+
+def engine_case(rng: random.Random) -> str:
+    """Prompts in random pieces, then token by token up to the last position, beside other sequences: the bits that each
+    sequence gets alone and at once, and the best of them."""
+    model = random_model(rng)
+    slots = rng.randint(1, 3)
+    engine = Engine(model, model.config["max_position_embeddings"], slots)
+    length, vocabulary = engine.positions, engine.vocabulary
+    ids = torch.randint(0, vocabulary, (slots, length))
+    torch.set_num_threads(rng.choice((1, 2)))
+    done, found = [0] * slots, [[] for _ in range(slots)]
+    while min(done) < length:
+        rows = [(s, p) for s in range(slots) for p in range(done[s], min(length, done[s] + piece(rng)))]
+        if rng.random() < 0.5:  # sequences side by side instead of one after another
+            rows.sort(key=lambda row: row[1])
+        if not rows:
+            continue
+        slot, position = torch.tensor(rows).t().contiguous()
+        logits = engine.forward(ids[slot, position], slot, position, torch.arange(len(rows)))
+        for (s, _), row in zip(rows, logits, strict=True):
+            found[s].append(row)
+            done[s] += 1
+    alone = Engine(model, length, 1)
+    for s in range(slots):
+        at = torch.zeros(length, dtype=torch.long), torch.arange(length)
+        wanted = alone.forward(ids[s], *at, torch.arange(length))
+        assert torch.equal(torch.stack(found[s]), wanted), f"slot {s} of {slots}, {model.config}"
+        k = rng.randint(1, vocabulary)
+        best = alone.top(ids[s], *at, torch.tensor([length - 1]), k)
+        order = wanted[-1:].sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(best[0], order.values[:, :k]) and torch.equal(best[1], order.indices[:, :k]), "not the best"
+    return f"engine, {'int8' if model.kv else 'bfloat16'} cache"
+
+
+def piece(rng: random.Random) -> int:
+    """Rows of a sequence in one call: none, one (decoding) or a piece of a prompt."""
+    return rng.choice((0, 1, 1, 2, 7, 30))
+
+
+def engine_refuses_case(rng: random.Random) -> str:
+    """Calls and models that do not fit are refused before anything is read."""
+    model = random_model(rng)
+    length, vocabulary = model.config["max_position_embeddings"], model.config["vocab_size"]
+    if rng.random() < 0.5:
+        name = rng.choice(sorted(model.floats))
+        model.floats[name] = torch.rand(*(max(1, size + rng.choice((-1, 1, 40))) for size in model.floats[name].shape))
+        other = rng.choice(sorted(model.tensors))
+        if rng.random() < 0.5:
+            put_weight(rng, model, other.removesuffix(".weight"), (rng.randint(1, 50), rng.randint(1, 50)))
+        try:
+            Engine(model, length, 2)
+        except (RuntimeError, UserError):
+            return "engine, wrong model refused"
+        return "engine, other model accepted"
+    engine = Engine(model, length, 2)
+    one, far = torch.tensor([0]), rng.choice((-1, 2**40))
+    call = [one, one, one, one]
+    which = rng.randrange(6)
+    if which < 4:
+        call[which] = torch.tensor([rng.choice((far, (vocabulary, 2, length, 1)[which]))])
+    elif which == 4:
+        call[rng.randrange(3)] = rng.choice((torch.tensor([0, 0]), torch.tensor([0.0]), torch.tensor([[0]])))
+    k = rng.choice((-1, vocabulary + 1, 2**40)) if which == 5 else rng.choice((0, 1))
+    try:
+        engine.top(*call, k)
+    except RuntimeError:
+        return "engine, wrong call refused"
+    raise AssertionError(f"accepted {call}, k {k} of {vocabulary} tokens and {length} positions")
+
+
+def top_case(rng: random.Random) -> str:
+    """The k best of a head are those of its product, equal ones in order."""
+    weight, m = random_weight(rng), rng.choice((0, 1, 2, 9, 70))
+    if cpu.refuses(weight):
+        return "refused"
+    state, int8_inputs, k = cpu.prepack([weight]), rng.random() < 0.5, rng.randint(1, weight.shape[0])
+    x = torch.randn(m, weight.shape[-1])
+    values, tokens = cpu.lm_head_top(x, state, k, int8_inputs)
+    wanted = product(x, state, 1 if int8_inputs else 2).sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, wanted.values[:, :k]) and torch.equal(tokens, wanted.indices[:, :k]), weight.spec
+    return "top"
+
+
 CASES: dict[str, Callable[[random.Random], str]] = {
     "matmul": matmul_case,
     "special": special_case,
     "tampered": tampered_case,
     "rows": rows_case,
     "wrong": wrong_case,
+    "top": top_case,
+    "engine": engine_case,
+    "engine refuses": engine_refuses_case,
 }
 
 
@@ -177,6 +320,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--one", action="store_true", help="only the case of --seed")
     args = parser.parse_args()
+    logging.disable(logging.WARNING)  # what transformers says of configurations as small as these
     if cpu.unavailable():
         raise SystemExit(f"no kernels to fuzz: {cpu.unavailable()}")
     seen: dict[str, int] = {}

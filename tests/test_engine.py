@@ -183,6 +183,6 @@ def test_forward_refuses_positions_outside_the_cache(tiny_model_dir):
 def test_engine_says_which_models_it_cannot_run(tiny_gpt2_dir, tiny_mixtral_dir, tiny_model_dir):
     assert "gpt2 is not one of" in str(refuses(packed_model(tiny_gpt2_dir, "w4a16_g32")))
     assert "mixtral is not one of" in str(refuses(packed_model(tiny_mixtral_dir, "w4a16_g32")))
-    with pytest.raises(UserError, match=r"engine: must be able .* stored input grids are not supported"):
+    with pytest.raises(UserError, match=r"engine: must be able .* stored input grids with zero points are not"):
         scheme = load_scheme("w8a8_static")
         Engine(with_stored_inputs(packed_model(tiny_model_dir, "w8a8"), replace(scheme.input, symmetric=False)))

@@ -2,8 +2,8 @@
 
 Weights are laid out once (q, k, v merged, gate and up merged); the cache is static, bfloat16, or int8 on the grid that
 `kv=kv8` trained. Schemes with float inputs are served with float inputs (two int8 planes, see `kernels/cpu`), schemes
-with int8 inputs, dynamic or stored, with int8 inputs: what is served is what was trained. `refuses` says which models it cannot run; those
-go through transformers' `generate` on packed layers.
+with int8 inputs, dynamic or stored, with int8 inputs: what is served is what was trained. `refuses` says which models
+it cannot run; those go through transformers' `generate` on packed layers.
 
 Weights that a plan keeps in float are served as bfloat16. Layers may have different schemes. The number of threads
 follows the times of the steps: a core that another process keeps busy is left alone.

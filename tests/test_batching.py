@@ -39,9 +39,10 @@ class Counter:
             logits[row, (token + 1) % VOCABULARY] = torch.nan if token == 250 else 9.0
         return logits
 
-    def best(self, ids, slot, position, scored):
+    def top(self, ids, slot, position, scored, k):
         logits = self.forward(ids, slot, position, scored)
-        return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
+        values, tokens = logits.where(logits.isfinite().all(-1, keepdim=True), -torch.inf).topk(k)
+        return values, tokens.where(values.isfinite(), -1)
 
 
 def sequence(tokenizer, prompt, **options) -> tuple[Sequence, list[Event]]:
@@ -61,6 +62,7 @@ OPTIONS = [
     {"repetition_penalty": 1.5},
     {"temperature": 2.0, "top_p": 0.9, "seed": 1},
 ]
+FEW = [{"temperature": 3.0, "top_k": 20, "seed": 5}, {}, {"temperature": 2.0, "top_k": 40, "top_p": 0.8, "seed": 1}]
 
 
 @needs_library
@@ -77,6 +79,11 @@ def test_tokens_in_a_batch_are_those_alone(tiny_model_dir, tiny_tokenizer):
     alone = [answers([one], 1)[0] for one in asked]
     assert answers(asked, 4) == answers(asked, 2) == alone
     assert all(len(answer) == 12 for answer in alone)
+    # those that need few candidates, without and with one that needs all logits
+    few = list(zip(prompts(7, 20, 33), FEW, strict=True))
+    alone = [answers([one], 1)[0] for one in few]
+    assert answers(few, 3) == alone == answers([*few, asked[2]], 4)[:3]
+    assert len({tuple(answer) for answer in alone}) == 3
 
 
 def test_end_token_ends_one_sequence_and_frees_its_slot(tiny_tokenizer):

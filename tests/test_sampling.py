@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from qat.errors import UserError
-from qat.serve.sampling import Sampling, TokenChooser, penalize, probabilities
+from qat.serve.sampling import Sampling, TokenChooser, largest, penalize, probabilities
 
 # probabilities 0.5, 0.25, 0.125, 0.125 at temperature 1
-LOGITS = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.125], dtype=np.float32))
+
+
+def dense(logits, *arguments, **options) -> np.ndarray:
+    """The probability of every token, [V]."""
+    places, found = probabilities(logits, *arguments, **options)
+    assert (np.diff(places) > 0).all()
+    every = np.zeros(logits.size)
+    every[places] = found
+    return every
 
 
 def chances(*arguments, **options) -> list[float]:
-    return [round(p, 6) for p in probabilities(LOGITS, *arguments, **options).tolist()]
+    return [round(p, 6) for p in dense(LOGITS, *arguments, **options).tolist()]
 
 
 def test_probabilities_are_the_softmax_at_a_temperature():
@@ -42,9 +52,40 @@ def test_top_p_counts_shares_of_what_top_k_left():
 
 
 def test_top_p_is_right_when_more_tokens_are_needed_than_are_looked_at_first():
-    found = probabilities(torch.zeros(2000), 1.0, top_p=0.75025)  # between 1500 and 1501 tokens
-    assert int((found > 0).sum()) == 1501
-    assert found.max().item() == pytest.approx(1 / 1501)
+    found = dense(np.zeros(2000, dtype=np.float32), 1.0, top_p=0.75025)  # between 1500 and 1501 tokens
+    assert found.nonzero()[0].tolist() == list(range(1501))
+    assert found.max() == pytest.approx(1 / 1501)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99, 0.999999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 30.0])
+def test_probabilities_are_those_of_sorting_every_token(spread, top_p):
+    logits = (np.random.default_rng(1).standard_normal(5000) * spread).astype(np.float32)
+    logits[100:200] = logits[7]  # equal ones
+    for top_k in (0, 60, 3000):
+        order = np.argsort(-logits, kind="stable")[: top_k or None]
+        every = torch.from_numpy(logits[order]).double().div(0.7).softmax(0).numpy()
+        kept = np.cumsum(every) - every < top_p
+        wanted = np.zeros(5000)
+        wanted[order[kept]] = every[kept] / every[kept].sum()
+        found = dense(logits, 0.7, top_k=top_k, top_p=top_p)
+        assert np.array_equal(found > 0, wanted > 0) and np.allclose(found, wanted, rtol=1e-9, atol=0)
+
+
+def test_largest_are_in_order_and_the_lower_place_first_among_equals():
+    values = np.array([3.0, 9.0, 3.0, -np.inf, 9.0, 3.0])
+    assert [largest(values, k).tolist() for k in (1, 3, 4, 6)] == [[1], [1, 4, 0], [1, 4, 0, 2], [1, 4, 0, 2, 5, 3]]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_k": 200, "top_p": 0.7}, {"top_k": 9999}, {"temperature": 0.0}])
+def test_few_candidates_give_the_tokens_of_all_logits(options):
+    sampling = Sampling(**{"temperature": 1.5, "seed": 11} | options)
+    all_of_them, few = TokenChooser(sampling, []), TokenChooser(sampling, [])
+    generator = np.random.default_rng(2)
+    for _ in range(200):
+        logits = generator.standard_normal(700).astype(np.float32).round(1)
+        best = largest(logits, min(sampling.candidates or 700, 700))
+        assert all_of_them.choose(logits) == few.choose_among(logits[best], best)
 
 
 def test_tiny_temperature_gives_the_best_token_and_no_nan():
@@ -52,13 +93,13 @@ def test_tiny_temperature_gives_the_best_token_and_no_nan():
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits():
-    found = penalize(torch.tensor([2.0, -1.0, 3.0, -4.0]), torch.tensor([0, 1]), 2.0)
+    found = penalize(np.array([2.0, -1.0, 3.0, -4.0]), np.array([0, 1]), 2.0)
     assert found.tolist() == [1.0, -2.0, 3.0, -4.0]
 
 
 def test_penalty_counts_prompt_and_answer():
     chooser = TokenChooser(Sampling(repetition_penalty=10.0), [0])
-    logits = torch.tensor([3.0, 2.0, 1.0])
+    logits = np.array([3.0, 2.0, 1.0])
     assert chooser.choose(logits) == 1
     chooser.saw([1])
     assert chooser.choose(logits) == 2
@@ -77,7 +118,7 @@ def test_draws_follow_their_probabilities_and_their_seed():
 
 
 def test_answers_without_a_seed_differ():
-    logits = torch.zeros(1000)
+    logits = np.zeros(1000)
     draws = [TokenChooser(Sampling(temperature=1.0), []).choose(logits) for _ in range(8)]
     assert len(set(draws)) > 1
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from qat.errors import UserError, problem
 from qat.serve.sampling import Sampling, TokenChooser
@@ -152,17 +152,21 @@ class Batch:
                 scored.append(len(ids) - 1)
                 due.append(slot)
         rows_and_scored = [torch.tensor(numbers, dtype=torch.long) for numbers in (ids, slots, positions, scored)]
-        if any(self.slots[slot].sampling.needs_logits for slot in due):
-            logits = self.runner.forward(*rows_and_scored)
-            return [(slot, self._choose(slot, row)) for slot, row in zip(due, logits, strict=True)]
-        tokens = self.runner.best(*rows_and_scored).tolist()
-        return [(slot, token if token >= 0 else None) for slot, token in zip(due, tokens, strict=True)]
-
-    def _choose(self, slot: int, logits: Tensor) -> int | None:
-        """A token from logits [V], or None when one of them is not a finite number."""
-        if not torch.isfinite(logits).all():
-            return None
-        return self.slots[slot].chooser.choose(logits)
+        choosers = [self.slots[slot].chooser for slot in due]
+        counts = [chooser.sampling.candidates for chooser in choosers]
+        if 0 in counts:
+            logits = self.runner.forward(*rows_and_scored).numpy()
+            tokens = [
+                c.choose(row) if np.isfinite(row).all() else None for c, row in zip(choosers, logits, strict=True)
+            ]
+        else:
+            most = min(self.runner.vocabulary, max(counts, default=1))
+            values, best = (part.numpy() for part in self.runner.top(*rows_and_scored, most))
+            tokens = [
+                c.choose_among(row[:count], ids[:count]) if np.isfinite(row[:count]).all() else None
+                for c, row, ids, count in zip(choosers, values, best, counts, strict=True)
+            ]
+        return list(zip(due, tokens, strict=True))
 
     def _take(self, slot: int, token: int) -> None:
         sequence = self.slots[slot]

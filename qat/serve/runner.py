@@ -1,6 +1,6 @@
 """What runs the tokens of a batch: the decode engine, or transformers on packed layers with the engine's methods.
 
-A `Runner` has `positions`, `slots`, `vocabulary`, `forward` and `best`; see `engine.Engine`.
+A `Runner` has `positions`, `slots`, `vocabulary`, `forward` and `top`; see `engine.Engine`.
 Letters: M rows of a call, S scored rows, V vocabulary.
 """
 
@@ -15,6 +15,7 @@ from qat.formats.packed_model import PackedModel
 from qat.progress import say
 from qat.serve import engine
 from qat.serve.load import serve
+from qat.serve.sampling import largest
 
 
 class LayerRunner:
@@ -60,10 +61,15 @@ class LayerRunner:
         self._caches[slot] = out.past_key_values
         return out.logits[0].float()
 
-    def best(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor) -> Tensor:
-        """As `forward`, but the most likely token [S] int64 of each scored row; -1 for a row whose logits are NaN."""
+    def top(self, ids: Tensor, slot: Tensor, position: Tensor, scored: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As `forward`, but the k largest logits and their tokens, [S, k] each, best first; -infinity and -1 for a row
+        whose logits are NaN."""
         logits = self.forward(ids, slot, position, scored)
-        return torch.where(torch.isfinite(logits).all(-1), logits.argmax(-1), -1)
+        is_good = torch.isfinite(logits).all(-1, keepdim=True)
+        tokens = torch.empty(scored.numel(), k, dtype=torch.long)
+        for row, numbers in zip(tokens, logits, strict=True):
+            row.copy_(torch.from_numpy(largest(numbers.nan_to_num().numpy(), k)))
+        return torch.where(is_good, logits.gather(-1, tokens), -torch.inf), torch.where(is_good, tokens, -1)
 
 
 def open_runner(packed: PackedModel, positions: int, slots: int, backend: str = "auto") -> Any:

@@ -1,7 +1,8 @@
 """How the next token is chosen from logits: greedy, or drawn after penalty, temperature, top-k and top-p in turn.
 
 Every sequence has its own options, penalty and random generator, so that its tokens do not depend on what else is
-decoded in the same step. Letter: V vocabulary.
+decoded in the same step. Everything here runs on one thread: torch would share a vocabulary out among threads, and each
+such region waits for a core that is busy. Letter: V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from qat.errors import UserError, problem
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1000
 SEEDS = 2**63
 ENOUGH = 512
+MOST_CANDIDATES = 1024  # what an engine gives at most
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ class Sampling:
         return self.temperature == 0
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether the token cannot be chosen by the engine itself."""
-        return not self.is_greedy or self.repetition_penalty != 1
+    def candidates(self) -> int:
+        """How many of the largest logits decide on a token; 0 when all of them do."""
+        if self.repetition_penalty != 1 or not (self.is_greedy or 0 < self.top_k <= MOST_CANDIDATES):
+            return 0
+        return 1 if self.is_greedy else self.top_k
 
 
 def _whole(value: object, low: float, high: float) -> bool:
@@ -83,31 +87,49 @@ def _number(value: object, low: float, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Logits [V] with those of the tokens `seen` [n] divided (positive) or multiplied (negative) by the penalty."""
     values = logits[seen]
-    return logits.index_put((seen,), torch.where(values > 0, values / penalty, values * penalty))
+    logits = logits.copy()
+    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    return logits
 
 
-def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities [V] of drawing each token from logits [V]; they sum to 1.
+def largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Places of the k largest of values [n] without NaN, largest first, the lower place first among equals: [k]."""
+    if k < values.size:
+        least = np.partition(values, values.size - k)[values.size - k]
+        places = np.flatnonzero(values > least)
+        places = np.sort(np.concatenate([places, np.flatnonzero(values == least)[: k - places.size]]))
+    else:
+        places = np.arange(values.size)
+    return places[np.argsort(-values[places], kind="stable")]
+
+
+def probabilities(
+    logits: np.ndarray, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The places in logits [n] that can be drawn, in order [m], and the probability of each, [m] float64 with sum 1.
 
     The `top_k` largest logits stay, then the fewest of them, largest first, whose probabilities together reach `top_p`.
+    Among equals the lower place comes first.
     """
+    places = np.sort(largest(logits, top_k)) if 0 < top_k < logits.size else np.arange(logits.size)
+    kept = logits[places].astype(np.float64)
     # the largest first becomes 0: a tiny temperature then gives -inf for the others and never NaN
-    logits = (logits.double() - logits.max()) / temperature
-    if top_k and top_k < logits.numel():
-        values, order = logits.topk(top_k)
-        logits = torch.full_like(logits, -torch.inf).index_put((order,), values)
-    chances = logits.softmax(0)
+    with np.errstate(over="ignore"):
+        chances = np.exp((kept - kept.max()) / temperature)
+    chances /= chances.sum()
     if top_p == 1:
-        return chances
-    # sorting a whole vocabulary takes longer than a step of a small model, and few tokens usually are enough
-    values, order = chances.topk(min(ENOUGH, chances.numel()))
-    if values.sum() < top_p:
-        values, order = chances.sort(descending=True)
-    kept = torch.where(values.cumsum(0) - values < top_p, values, 0.0)
-    return torch.zeros_like(chances).index_put((order,), kept / kept.sum())
+        return places, chances
+    # tokens below this chance reach less than 1 - top_p together, so none of them is needed; few are above it
+    likely = np.flatnonzero(chances >= (1 - top_p) / chances.size)
+    order = likely[largest(chances[likely], min(ENOUGH, likely.size))]
+    if chances[order].sum() < top_p:
+        order = likely[largest(chances[likely], likely.size)]
+    sums = chances[order].cumsum()
+    needed = np.sort(order[sums - chances[order] < top_p])
+    return places[needed], chances[needed] / chances[needed].sum()
 
 
 class TokenChooser:
@@ -115,26 +137,42 @@ class TokenChooser:
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]):
         self.sampling = sampling
-        self._seen = set(prompt)
+        self._seen: set[int] = set()
+        self._seen_tokens = np.empty(0, dtype=np.int64)
+        self.saw(prompt)
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
 
-    def choose(self, logits: Tensor) -> int:
+    def choose(self, logits: np.ndarray) -> int:
         """The next token from finite logits [V]."""
         sampling = self.sampling
         if sampling.repetition_penalty != 1:
-            logits = penalize(logits, torch.tensor(sorted(self._seen)), sampling.repetition_penalty)
+            logits = penalize(logits, self._seen_tokens, sampling.repetition_penalty)
         if sampling.is_greedy:
             return int(logits.argmax())
-        chances = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        return self._draw(*probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p))
+
+    def choose_among(self, logits: np.ndarray, tokens: np.ndarray) -> int:
+        """The same token from the `sampling.candidates` largest logits alone, and their tokens, both best first."""
+        sampling = self.sampling
+        if sampling.is_greedy:
+            return int(tokens[0])
+        order = np.argsort(tokens)
+        places, chances = probabilities(logits[order], sampling.temperature, 0, sampling.top_p)
+        return self._draw(tokens[order][places], chances)
+
+    def _draw(self, tokens: np.ndarray, chances: np.ndarray) -> int:
         # the first token whose sum of chances is beyond one random number: a number per token would cost a millisecond
-        sums = chances.cumsum(0)
-        drawn = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums[-1]
-        return int(torch.searchsorted(sums, drawn, right=True))
+        sums = chances.cumsum()
+        drawn = float(torch.rand(1, generator=self._generator, dtype=torch.float64)) * sums[-1]
+        return int(tokens[np.searchsorted(sums, drawn, side="right")])
 
     def saw(self, tokens: Iterable[int]) -> None:
         """Count tokens of the answer among those to be penalized."""
-        self._seen.update(tokens)
+        new = [token for token in dict.fromkeys(tokens) if token not in self._seen]
+        if new:
+            self._seen.update(new)
+            self._seen_tokens = np.append(self._seen_tokens, new)

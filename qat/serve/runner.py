@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,8 +68,9 @@ class LayerRunner:
         logits = self.forward(ids, slot, position, scored)
         is_good = torch.isfinite(logits).all(-1, keepdim=True)
         tokens = torch.empty(scored.numel(), k, dtype=torch.long)
-        for row, numbers in zip(tokens, logits, strict=True):
-            row.copy_(torch.from_numpy(largest(numbers.nan_to_num().numpy(), k)))
+        for row, numbers in zip(tokens, logits.nan_to_num().numpy(), strict=True):
+            places = largest(numbers, k)
+            row.copy_(torch.from_numpy(places[np.argsort(-numbers[places], kind="stable")]))
         return torch.where(is_good, logits.gather(-1, tokens), -torch.inf), torch.where(is_good, tokens, -1)
 
 

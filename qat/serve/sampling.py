@@ -18,7 +18,6 @@ from qat.errors import UserError, problem
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 1000
 SEEDS = 2**63
-ENOUGH = 512
 MOST_CANDIDATES = 1024  # what an engine gives at most
 
 
@@ -96,14 +95,16 @@ def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:
-    """Places of the k largest of values [n] without NaN, largest first, the lower place first among equals: [k]."""
-    if k < values.size:
-        least = np.partition(values, values.size - k)[values.size - k]
-        places = np.flatnonzero(values > least)
-        places = np.sort(np.concatenate([places, np.flatnonzero(values == least)[: k - places.size]]))
-    else:
-        places = np.arange(values.size)
-    return places[np.argsort(-values[places], kind="stable")]
+    """Places of the k largest of values [n] without NaN, in order of place, the lower one among equals: [k]."""
+    if k >= values.size:
+        return np.arange(values.size)
+    return _from(values, np.partition(values, values.size - k)[values.size - k], k)
+
+
+def _from(values: np.ndarray, least: float, k: int) -> np.ndarray:
+    """Places of the k largest of values [n] when `least` is the smallest of them."""
+    places = np.flatnonzero(values > least)
+    return np.sort(np.concatenate([places, np.flatnonzero(values == least)[: k - places.size]]))
 
 
 def probabilities(
@@ -114,8 +115,8 @@ def probabilities(
     The `top_k` largest logits stay, then the fewest of them, largest first, whose probabilities together reach `top_p`.
     Among equals the lower place comes first.
     """
-    places = np.sort(largest(logits, top_k)) if 0 < top_k < logits.size else np.arange(logits.size)
-    kept = logits[places].astype(np.float64)
+    places = largest(logits, top_k or logits.size)
+    kept = (logits if places.size == logits.size else logits[places]).astype(np.float64)
     # the largest first becomes 0: a tiny temperature then gives -inf for the others and never NaN
     with np.errstate(over="ignore"):
         chances = np.exp((kept - kept.max()) / temperature)
@@ -123,12 +124,9 @@ def probabilities(
     if top_p == 1:
         return places, chances
     # tokens below this chance reach less than 1 - top_p together, so none of them is needed; few are above it
-    likely = np.flatnonzero(chances >= (1 - top_p) / chances.size)
-    order = likely[largest(chances[likely], min(ENOUGH, likely.size))]
-    if chances[order].sum() < top_p:
-        order = likely[largest(chances[likely], likely.size)]
-    sums = chances[order].cumsum()
-    needed = np.sort(order[sums - chances[order] < top_p])
+    values = np.sort(chances[chances >= (1 - top_p) / chances.size])[::-1]
+    count = int(np.count_nonzero(values.cumsum() - values < top_p))
+    needed = _from(chances, values[count - 1], count)
     return places[needed], chances[needed] / chances[needed].sum()
 
 

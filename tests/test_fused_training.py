@@ -85,13 +85,16 @@ def compare_products() -> None:
                 x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
                 _, codes, sums, scale, _ = fused._quantize(x, None, TOKEN, 0, True, size)
                 wanted = reference.integer_matmul(codes, own_grid(x, TOKEN), there.codes, own_grid(weight, spec), spec)
+                grids = own_grid(x, TOKEN), there.codes, own_grid(weight, spec)
+                assert fused.product_refuses(*grids) is None
+                assert torch.equal(fused.integer_product(codes, *grids, spec), wanted)
                 for narrow in (False, True):
                     arguments = (codes, sums, scale, there.codes, there.scale, there.zero_point, spec.bits, narrow)
                     y = torch.ops.qat.integer_linear(*arguments)
                     assert torch.equal(y, wanted.bfloat16() if narrow else wanted)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "avxvnni", "avx2", "portable"])
 def test_fused_ops_give_the_bits_of_plain_torch_on_every_instruction_set(isa):
     code = "import test_fused_training as t; t.compare_grids(); t.compare_products()"
     environment = {**os.environ, "QAT_MAX_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
@@ -194,6 +197,27 @@ def test_training_and_evaluation_give_the_bits_that_are_served(monkeypatch):
         assert torch.equal(trained.eval()(x), y)
         refuse(monkeypatch)
         assert torch.equal(trained(x), y)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_stored_input_grid_is_evaluated_on_the_integer_product_with_the_bits_of_the_reference(monkeypatch, symmetric):
+    stored = FakeQuantize(
+        QuantSpec(8, symmetric, "tensor", is_activation=True), (1,), ESTIMATORS["ste_clipped"], "static", "minmax"
+    )
+    x = torch.randn(7, 64) + 0.3
+    stored.observer.observe(x)
+    stored.adopt_observed()
+    own = layer(GRIDS["int4-g64-asym"])
+    own.input_fake_quant = stored
+    calls = []
+    product = fused.integer_product
+    monkeypatch.setattr(fused, "integer_product", lambda *args: calls.append(1) or product(*args))
+    with torch.no_grad():
+        y = own.eval()(x)
+        # zero points of inputs are the reference's
+        assert len(calls) == int(symmetric)
+        monkeypatch.setattr(fused, "product_refuses", lambda *_: "no")
+        assert torch.equal(own(x), y) and len(calls) == int(symmetric)
 
 
 def change_by_optimizer(own: QuantLinear) -> None:

@@ -18,7 +18,7 @@ from qat.errors import UserError
 from qat.fake_quant import FakeQuantize
 from qat.formats import FORMATS
 from qat.grid import QParams
-from qat.kernels import reference
+from qat.kernels import cpu, reference
 from qat.kernels.dispatch import KERNELS, choose
 from qat.nn.kv import install_kv
 from qat.nn.packed import PackedEmbedding, PackedLinear, kernel_summary
@@ -189,8 +189,39 @@ def test_choose_takes_the_first_backend_and_keeps_the_reasons():
     weight = packed_weight(WEIGHTS["int4-g32"], (5, 32))
     choice = choose("w4a16_matmul", weight, "as_trained")
     assert (choice.backend, choice.refused) == ("dense", {})
-    choice = choose("w4a8_matmul", weight, "as_trained")
-    assert (choice.backend, choice.refused) == ("reference", {"dense": "no dense kernel for w4a8_matmul"})
+    no_dense = {"dense": "no dense kernel for w4a8_matmul"}
+    stored = QuantSpec(8, False, "tensor", is_activation=True)
+    choice = choose("w4a8_matmul", weight, "as_trained", stored)
+    wanted = cpu.unavailable() or "takes off the zero points of inputs after the sum"
+    assert (choice.backend, choice.refused) == ("reference", no_dense | {"cpu": wanted})
+    if not cpu.unavailable():
+        choice = choose("w4a8_matmul", weight, "as_trained", TOKEN)
+        assert (choice.backend, choice.refused) == ("cpu", no_dense)
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"C++ kernels: {cpu.unavailable()}")
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", WEIGHTS.values(), ids=WEIGHTS)
+def test_as_trained_gives_the_bits_of_the_reference_on_the_cpp_product(spec, dtype, stored):
+    input_spec = QuantSpec(8, True, "tensor", is_activation=True) if stored else TOKEN
+    static = QParams(torch.tensor([0.03125]), torch.zeros(1, dtype=torch.int32)) if stored else None
+    taken = 0
+    for n, k in ((5, 32), (33, 576), (70, 96), (7, 33), (40, 1536)):
+        if not fits(spec, k):
+            continue
+        weight = packed_weight(spec, (n, k))
+        layers = []
+        for backend in ("as_trained", "reference"):
+            scheme = QuantScheme("s", weight.spec, input_spec)
+            layers.append(PackedLinear(weight, scheme, None, static, backend))
+        taken += layers[0].choice.backend == "cpu"
+        for m in (1, 3, 30, 70):
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)) * 3
+            x[0, 0] = 0
+            x[-1] *= 0 if m == 3 else 1e-3
+            assert torch.equal(*(layer(x.to(dtype)) for layer in layers))
+    assert taken or (spec.group_size or 32) % 32
 
 
 def test_choose_refuses_an_unknown_backend_and_names_the_known_ones():
@@ -269,7 +300,10 @@ def test_served_integer_model_is_as_near_as_float_sums_are(folder, scheme, tmp_p
     served, model = served_and_trained(request.getfixturevalue(folder), scheme, tmp_path=tmp_path)
     ours, wanted = logits(served), logits(model)
     assert (ours - wanted).abs().max() <= FLIPPED_INPUT_CODES * wanted.abs().max()
-    assert kernel_summary(served)["used"]["reference"] > 1
+    integer = "reference" if cpu.unavailable() else "cpu"
+    assert kernel_summary(served)["used"][integer] > 1
+    if cpu.unavailable() is None:
+        assert torch.equal(ours, wanted)
 
 
 @pytest.mark.parametrize(
@@ -292,8 +326,11 @@ def test_served_model_says_which_kernels_run(tiny_model_dir):
     served = serve(pack_model(model, coverage, model.config.to_dict(), None))
     assert isinstance(served.model.embed_tokens, PackedEmbedding) and isinstance(served.lm_head, PackedLinear)
     summary = kernel_summary(served)
-    assert summary == {"used": {"reference": 15, "dense": 1}, "refused": {"dense": "no dense kernel for w8a8_matmul"}}
-    assert "w8a8, (64, 64), kernel=reference" in repr(served.model.layers[0].self_attn.q_proj)
+    refused, integer = {"dense": "no dense kernel for w8a8_matmul"}, "cpu"
+    if cpu.unavailable():
+        refused, integer = refused | {"cpu": cpu.unavailable()}, "reference"
+    assert summary == {"used": {integer: 15, "dense": 1}, "refused": refused}
+    assert f"w8a8, (64, 64), kernel={integer}" in repr(served.model.layers[0].self_attn.q_proj)
 
 
 @pytest.mark.parametrize(

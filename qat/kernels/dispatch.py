@@ -20,17 +20,22 @@ from qat.kernels import cpu, reference
 from qat.packing import PackedTensor
 from qat.scheme import QuantSpec
 
-# `auto` is for speed; `as_trained` is the arithmetic of the fake-quantized forward, for comparing logits with it
-PREFERENCE = {"auto": ("cpu", "dense", "reference"), "as_trained": ("dense", "reference")}
+# `auto` is for speed; `as_trained` is the arithmetic of the fake-quantized forward, for comparing logits with it, so it
+# passes over kernels that differ in their bits
+PREFERENCE = {"auto": ("cpu", "dense", "reference"), "as_trained": ("dense", "cpu", "reference")}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one op; `run(state, x, *rest)` with the arguments of the reference after the weight."""
+    """One implementation of one op; `run(state, x, *rest)` with the arguments of the reference after the weight.
+
+    `differs` says where its results are not those of training, bit for bit.
+    """
 
     refuses: Callable[[PackedTensor, QuantSpec | None], str | None]
     prepare: Callable[[PackedTensor, torch.dtype], Any]
     run: Callable[..., Tensor]
+    differs: Callable[[QuantSpec | None], str | None] = lambda input_spec: None
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,14 @@ def _never(weight: PackedTensor, input_spec: QuantSpec | None) -> str | None:
 
 def _cpu_refuses(weight: PackedTensor, input_spec: QuantSpec | None) -> str | None:
     return cpu.refuses(weight) or (cpu.refuses_input(input_spec) if input_spec else None)
+
+
+def _cpu_differs(input_spec: QuantSpec | None) -> str | None:
+    if input_spec is None:
+        return "carries float inputs as two int8 planes"
+    if not input_spec.symmetric:
+        return "takes off the zero points of inputs after the sum"
+    return None
 
 
 def _cpu_prepare(weight: PackedTensor, dtype: torch.dtype) -> cpu.CpuWeight:
@@ -92,10 +105,10 @@ def _reference_a8(state: PackedTensor, x: Tensor, input_spec: Any, static: Any) 
 
 # matmuls are named by what a weight is stored in (w4: 2 to 4 bits, w8: 5 to 8) and what its inputs are
 KERNELS: dict[tuple[str, str], Kernel] = {
-    ("w4a16_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w4a16_matmul")),
-    ("w8a16_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w8a16_matmul")),
-    ("w4a8_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w4a8_matmul")),
-    ("w8a8_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w8a8_matmul")),
+    ("w4a16_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w4a16_matmul"), _cpu_differs),
+    ("w8a16_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w8a16_matmul"), _cpu_differs),
+    ("w4a8_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w4a8_matmul"), _cpu_differs),
+    ("w8a8_matmul", "cpu"): Kernel(_cpu_refuses, _cpu_prepare, _cpu_matmul("w8a8_matmul"), _cpu_differs),
     ("w4a16_matmul", "dense"): Kernel(_never, _dense, _dense_matmul),
     ("w8a16_matmul", "dense"): Kernel(_never, _dense, _dense_matmul),
     ("w4a16_matmul", "reference"): Kernel(_never, _keep, _reference_a16),
@@ -115,6 +128,7 @@ def matmul_op(weight: PackedTensor, has_input_grid: bool) -> str:
 def choose(op: str, weight: PackedTensor, backend: str = "auto", input_spec: QuantSpec | None = None) -> Choice:
     """The first backend that takes `weight`, or the named one.
 
+    `as_trained` takes kernels only where they give the bits of training.
     Raises UserError when the named backend does not exist for `op` or refuses the weight.
     """
     refused: dict[str, str] = {}
@@ -122,6 +136,8 @@ def choose(op: str, weight: PackedTensor, backend: str = "auto", input_spec: Qua
     for name in candidates:
         kernel = KERNELS.get((op, name))
         reason = f"no {name} kernel for {op}" if kernel is None else kernel.refuses(weight, input_spec)
+        if kernel is not None and backend == "as_trained":
+            reason = reason or kernel.differs(input_spec)
         if kernel is not None and reason is None:
             return Choice(name, kernel, refused)
         refused[name] = str(reason)

@@ -80,8 +80,10 @@ def _fake_linear(layer: QuantLinear | QuantConv1D, x: Tensor, weight_NK: Tensor)
     if layer.training or torch.is_grad_enabled() or not is_quantizing:
         return F.linear(input_fq(x), weight_fq(weight_NK), layer.bias)
     flat, spec = x.reshape(-1, x.shape[-1]), weight_fq.current_spec
+    inputs = input_fq.codes(flat), input_fq.qparams(flat)
     codes = weight_fq.codes(weight_NK), weight_fq.qparams(weight_NK)
-    y = integer_matmul(input_fq.codes(flat), input_fq.qparams(flat), *codes, spec).to(x.dtype).to(dtype)
+    is_fused = fused.product_refuses(inputs[1], *codes) is None
+    y = (fused.integer_product if is_fused else integer_matmul)(*inputs, *codes, spec).to(x.dtype).to(dtype)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 

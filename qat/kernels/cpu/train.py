@@ -86,6 +86,27 @@ def linear_refuses(x: Tensor, weight: Tensor, spec: QuantSpec, input_spec: Quant
     return refuses(x, dtype) or refuses(weight, dtype)
 
 
+def product_refuses(x: QParams, w_codes: Tensor, w: QParams) -> str | None:
+    """Why `integer_product` cannot multiply inputs on the grid `x` with codes [N, K] on `w`, or None."""
+    if x.zero_point.any():
+        return "inputs must have no zero points"
+    size = w_codes.shape[-1] // w.scale.shape[-1]
+    if size % WORD or size > TERMS or w_codes.device.type != "cpu":
+        return f"needs groups of a multiple of {WORD} and at most {TERMS} inputs on a CPU, got {size}"
+    return unavailable()
+
+
+def integer_product(x_codes: Tensor, x: QParams, w_codes: Tensor, w: QParams, w_spec: QuantSpec) -> Tensor:
+    """What reference.integer_matmul computes, the same bits: [M, N] float32 of codes x [M, K] and w [N, K]."""
+    groups, rows = w.scale.shape[-1], x_codes.shape[0]
+    sums = x_codes.view(rows, groups, -1).sum(-1, dtype=torch.int32)
+    x_scale = x.scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
+    scale, zero_point = _rows_of(w, w_spec)
+    return torch.ops.qat.integer_linear(
+        x_codes.contiguous(), sums, x_scale, w_codes.contiguous(), scale, zero_point, w_spec.bits, False
+    )
+
+
 def on_grid(x: Tensor, qparams: QParams | None, spec: QuantSpec, dtype: torch.dtype | None, codes: bool) -> OnGrid:
     """x [..., K] on the grid `qparams` (already rounded) or its own; values as `dtype`, if given."""
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()

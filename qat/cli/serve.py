@@ -2,7 +2,8 @@
 
 qat serve runs/smollm2_quickstart/export/compressed_tensors --port 8000 --slots 4
 
-SIGTERM or Ctrl-C: new requests get 503, running answers finish within --drain-seconds, exit code 0.
+SIGTERM or Ctrl-C: new requests get 503, running answers finish within --drain-seconds, exit code 0; a second
+one stops at once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--positions", type=int, default=2048, help="longest prompt with answer (default 2048)")
     add("--queue", type=int, default=64, help="requests that may wait before 429 (default 64)")
     add("--max-body-mb", type=float, default=1.0, help="larger requests get 413 (default 1)")
+    add("--body-seconds", type=float, default=30.0, help="slower requests get 408 (default 30)")
     add("--drain-seconds", type=float, default=30.0, help="time to finish at the end (default 30)")
     add("--api-key", help="ask for this key as a Bearer token (default: none)")
     add("--backend", default="auto", help="auto (decode engine if it can), or cpu, dense, reference")
@@ -31,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
-    least = {"slots": 1, "positions": 2, "queue": 0, "drain_seconds": 0, "max_body_mb": 0.001}
+    least = {"slots": 1, "positions": 2, "queue": 0, "drain_seconds": 0, "max_body_mb": 0.001, "body_seconds": 0.1}
     problems = [
         problem(f"--{name.replace('_', '-')}", f"must be at least {low}", value, "Leave it out for the default.")
         for name, low in least.items()
@@ -49,5 +51,7 @@ def run(args: argparse.Namespace) -> int:
     with bind(args.host, args.port) as sock:
         model = open_model(args.folder, args.positions, args.slots, args.backend)
         model.name = args.name or model.name
-        run_server(model, sock, Limits(args.queue, int(args.max_body_mb * 2**20), args.drain_seconds, args.api_key))
+        body_bytes = int(args.max_body_mb * 2**20)
+        limits = Limits(args.queue, body_bytes, args.drain_seconds, args.api_key, args.body_seconds)
+        run_server(model, sock, limits)
     return 0

@@ -298,11 +298,15 @@ class Service:
         self.close()
         return is_empty
 
-    def close(self) -> None:
-        """Cancel everything and end the thread."""
+    def cancel_all(self) -> None:
+        """Cancel everything before its next token, for good: the thread ends soon, and so does a `drain`."""
         with self._changed:
             self._is_draining = self._is_closed = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        self.cancel_all()
         self._thread.join()
 
     def _work(self) -> None:

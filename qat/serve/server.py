@@ -33,19 +33,19 @@ from qat.serve.generate import TextModel
 from qat.serve.protocol import Reply, Request, RequestError, parse
 
 RETRY_AFTER = {"Retry-After": "1"}
-BODY_SECONDS = 30.0
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_BUCKETS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes: waiting sequences, bytes of a body, seconds of a drain, and the key it asks for."""
+    """What a server takes: waiting sequences, bytes and seconds of a body, seconds of a drain; the key it asks for."""
 
     queue: int = 64
     body_bytes: int = 2**20
     drain_seconds: float = 30.0
     api_key: str | None = None
+    body_seconds: float = 30.0
 
 
 class Metrics:
@@ -129,7 +129,7 @@ def make_app(model: TextModel, service: Service, limits: Limits) -> Starlette:
         if service.is_draining:
             raise Draining
         _check_key(http, limits.api_key)
-        body = await _body(http, limits.body_bytes)
+        body = await _body(http, limits)
         positions = service.runner.positions
         request = await asyncio.to_thread(parse, body, is_chat, model.name, model.tokenizer, positions)
         try:
@@ -210,21 +210,21 @@ def _check_key(http: HttpRequest, key: str | None) -> None:
         raise RequestError(401, "api key: must be that of this server, got another. Send it as a Bearer token.")
 
 
-async def _body(http: HttpRequest, most: int) -> bytes:
+async def _body(http: HttpRequest, limits: Limits) -> bytes:
     """The bytes of a request; a body too large is refused before all of it has come, one too slow is given up."""
-    held = bytearray()
+    held, most = bytearray(), limits.body_bytes
     refusal = RequestError(413, f"body: must have at most {most} bytes, got more. Send a shorter prompt.")
     length = http.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > most:
         raise refusal
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(limits.body_seconds):
             async for chunk in http.stream():
                 held += chunk
                 if len(held) > most:
                     raise refusal
     except TimeoutError:
-        message = f"body: must come within {BODY_SECONDS:.0f} s, got a part of it. Send the request again."
+        message = f"body: must come within {limits.body_seconds:g} s, got a part of it. Send the request again."
         raise RequestError(408, message) from None
     return bytes(held)
 
@@ -277,6 +277,7 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service, self._seconds = service, seconds
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_told = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -285,11 +286,20 @@ class _DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         # uvicorn raises signals that it has seen again when it is done; this one is answered, so the exit code is 0
-        if self._tasks or self._loop is None:
+        is_second, self._is_told = self._is_told, True
+        if self._loop is None:
             self.should_exit = self.force_exit = True
-            return
-        say(f"{signal.Signals(sig).name}: finishing what runs, at most {self._seconds:.0f} s")
-        self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.ensure_future(self._drain())))
+        elif is_second:
+            say(f"{signal.Signals(sig).name}: stopping now")
+            self._loop.call_soon_threadsafe(self._stop)
+        else:
+            say(f"{signal.Signals(sig).name}: finishing what runs, at most {self._seconds:.0f} s")
+            self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.ensure_future(self._drain())))
+
+    def _stop(self) -> None:
+        # the thread that drains has to end before the process can
+        self._service.cancel_all()
+        self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
         if not await asyncio.to_thread(self._service.drain, self._seconds):

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "paths", "checkpoints"},
     "run_folder": {"errors", "progress", "paths", "config"},
     "export": {"paths", "config", "report", "formats"},
-    "build": {"memory", "config", "checks", "metrics", "nn", "insert", "models", "train"},
+    "build": {"ranks", "memory", "config", "checks", "metrics", "nn", "insert", "models", "train"},
     "pipeline": {
         *("errors", "ranks", "signals", "progress", "memory", "paths", "config", "metrics", "report", "insert"),
         *("convert", "data", "evaluate", "checkpoints", "train", "checkpoint", "run_folder", "export", "build"),

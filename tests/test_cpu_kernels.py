@@ -198,15 +198,15 @@ def test_matmul_is_the_same_with_any_number_of_threads():
 def test_ops_pass_opcheck_and_know_their_shapes_on_meta():
     weight = cpu.prepack([packed_weight(GRIDS["int4-g32"], 17, 64)])
     wide = cpu.prepack([packed_weight(GRIDS["int8-row"], 17, 64)])
-    x, ids, none = inputs(3, 64), torch.tensor([0, 16]), torch.empty(0)
+    x, ids = inputs(3, 64), torch.tensor([0, 16])
     ops = torch.ops.qat
     for op, arguments in (
-        (ops.w4a8_matmul, (x, weight.blob, weight.grid, none)),
-        (ops.w8a8_matmul, (x, wide.blob, wide.grid, torch.tensor([0.1, 3.0]))),
-        (ops.w4a16_matmul, (x, weight.blob, weight.grid)),
-        (ops.w8a16_matmul, (x, wide.blob, wide.grid)),
-        (ops.packed_embedding, (ids, weight.blob, weight.grid)),
-        (ops.lm_head_top, (x, weight.blob, weight.grid, 3, False)),
+        (ops.w4a8_matmul, (x, weight.blob, *weight.grid)),
+        (ops.w8a8_matmul, (x, wide.blob, *wide.grid, torch.tensor([0.1, 3.0]))),
+        (ops.w4a16_matmul, (x, weight.blob, *weight.grid)),
+        (ops.w8a16_matmul, (x, wide.blob, *wide.grid)),
+        (ops.packed_embedding, (ids, weight.blob, *weight.grid)),
+        (ops.lm_head_top, (x, weight.blob, list(weight.grid), 3, False)),
         (ops.rmsnorm_quantize, (x, torch.ones(64), 1e-5)),
         (ops.silu_mul_quantize, (x, x.flip(0).contiguous())),
     ):
@@ -221,17 +221,16 @@ def grid_of(**changes: int) -> list[int]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda x, blob: (x.double(), blob, grid_of()), "x .M, K. float32"),
-        (lambda x, blob: (x.t().contiguous().t(), blob, grid_of()), "x .M, K. float32"),
-        (lambda x, blob: (x[:, :32].contiguous(), blob, grid_of()), "must have K = 64, got 32"),
-        (lambda x, blob: (x, blob[:-64].contiguous(), grid_of()), "does not hold a weight"),
-        (lambda x, blob: (x, blob, grid_of(n=170)), "does not hold a weight"),
-        (lambda x, blob: (x, blob, grid_of(zeros=1)), "does not hold a weight"),
-        (lambda x, blob: (x, blob, grid_of(group=31)), "grid out of range"),
-        (lambda x, blob: (x, blob, grid_of(bits=9)), "grid out of range"),
-        (lambda x, blob: (x, blob, grid_of(bits=8)), "does not hold a weight"),
-        (lambda x, blob: (x, blob, [17, 64]), "grid must be"),
-        (lambda x, blob: (x, blob.char(), grid_of()), "blob .bytes. uint8"),
+        (lambda x, blob: (x.double(), blob, *grid_of()), "x .M, K. float32"),
+        (lambda x, blob: (x.t().contiguous().t(), blob, *grid_of()), "x .M, K. float32"),
+        (lambda x, blob: (x[:, :32].contiguous(), blob, *grid_of()), "must have K = 64, got 32"),
+        (lambda x, blob: (x, blob[:-64].contiguous(), *grid_of()), "does not hold a weight"),
+        (lambda x, blob: (x, blob, *grid_of(n=170)), "does not hold a weight"),
+        (lambda x, blob: (x, blob, *grid_of(zeros=1)), "does not hold a weight"),
+        (lambda x, blob: (x, blob, *grid_of(group=31)), "grid out of range"),
+        (lambda x, blob: (x, blob, *grid_of(bits=9)), "grid out of range"),
+        (lambda x, blob: (x, blob, *grid_of(bits=8)), "does not hold a weight"),
+        (lambda x, blob: (x, blob.char(), *grid_of()), "blob .bytes. uint8"),
     ],
 )
 def test_op_refuses_what_would_read_outside_its_arguments(change, match):

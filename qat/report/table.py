@@ -183,8 +183,8 @@ def bench_table(bench: dict[str, Any]) -> str:
         low, high = row["spread"]
         seconds, ratio = number_text(row["median_seconds"], ".3f"), number_text(row["ratio_to_plain"], ".2f")
         memory, share = number_text(row["peak_memory_gib"], ".2f"), number_text(row["memory_ratio"], ".2f")
-        lines.append((row["name"], seconds, ratio, f"{low:.2f} – {high:.2f}", memory, share))
-    header = ("Step", "Median s", "× plain", "spread", "Peak GiB", "× plain")
+        lines.append((row["name"], str(row["threads"]), seconds, ratio, f"{low:.2f} – {high:.2f}", memory, share))
+    header = ("Step", "Threads", "Median s", "× plain", "spread", "Peak GiB", "× plain")
     where = f"{bench['machine']}; torch {bench['torch']}; {bench['tokens']} tokens per step."
     return f"{_markdown(header, lines)}\n{where}\n"
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from qat.grid import QParams
 from qat.packing import PackedTensor
@@ -63,12 +64,12 @@ def _places() -> list[Path]:
     return [LIBRARY, *(Path(folder) / LIBRARY.name for folder in folders)]
 
 
-def _matmul_shape(x: Tensor, blob: Tensor, grid: list[int], input_grid: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], grid[0])
+def _matmul_shape(x: Tensor, blob: Tensor, n: int, *_rest: int | Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], n)
 
 
-def _embedding_shape(ids: Tensor, blob: Tensor, grid: list[int]) -> Tensor:
-    return ids.new_empty(ids.shape[0], grid[1], dtype=torch.float32)
+def _embedding_shape(ids: Tensor, blob: Tensor, n: int, k: int, *_rest: int) -> Tensor:
+    return ids.new_empty(ids.shape[0], k, dtype=torch.float32)
 
 
 def _top_shapes(hidden: Tensor, blob: Tensor, grid: list[int], k: int, int8_inputs: bool) -> tuple[Tensor, Tensor]:
@@ -95,10 +96,10 @@ class CpuWeight:
     bits: int
     zeros: bool = False
 
-    @property
-    def grid(self) -> list[int]:
-        """What the ops want beside the blob."""
-        return [self.n, self.k, self.group, self.bits, int(self.zeros)]
+    @cached_property
+    def grid(self) -> tuple[int, int, int, int, int]:
+        """What the ops want after the blob: n, k, group, bits, zeros."""
+        return self.n, self.k, self.group, self.bits, int(self.zeros)
 
 
 def refuses(weight: PackedTensor) -> str | None:
@@ -177,22 +178,26 @@ def matmul(op: str, x: Tensor, weight: CpuWeight, *static: QParams | None) -> Te
     """x [..., K] of any float dtype through the op named `op`: [..., N] in x's dtype.
 
     Args:
-        static: the stored input grid of a8 ops; None or absent for one scale per token.
+        static: the stored input grid of a8 ops; None or absent for one scale per token, and for a16 ops.
     """
+    grid = static[0] if static else None
+    stored = () if grid is None else (torch.cat([q.float().flatten() for q in grid]),)
+    if x.dtype is torch.float32 and x.dim() == 2 and x.is_contiguous():  # a view costs as much as a small matmul
+        return _overload(op)(x, weight.blob, *weight.grid, *stored)
     x_MK = x.reshape(-1, x.shape[-1]).float().contiguous()
-    run = getattr(torch.ops.qat, op)
-    if op.endswith("a8_matmul"):
-        grid = static[0] if static else None
-        stored = torch.empty(0) if grid is None else torch.cat([q.float().flatten() for q in grid])
-        y_MN = run(x_MK, weight.blob, weight.grid, stored)
-    else:
-        y_MN = run(x_MK, weight.blob, weight.grid)
+    y_MN = _overload(op)(x_MK, weight.blob, *weight.grid, *stored)
     return y_MN.to(x.dtype).view(*x.shape[:-1], weight.n)
+
+
+@cache
+def _overload(op: str) -> OpOverload:
+    """Looked up once: the packet of overloads that `torch.ops` gives resolves it in every call."""
+    return getattr(torch.ops.qat, op).default
 
 
 def embedding(ids: Tensor, table: CpuWeight) -> Tensor:
     """Rows `ids` [...] of a laid-out table: [..., K] float32."""
-    rows = torch.ops.qat.packed_embedding(ids.reshape(-1).long(), table.blob, table.grid)
+    rows = torch.ops.qat.packed_embedding(ids.reshape(-1).long(), table.blob, *table.grid)
     return rows.view(*ids.shape, table.k)
 
 
@@ -204,5 +209,5 @@ def lm_head_top(hidden: Tensor, head: CpuWeight, k: int, int8_inputs: bool) -> t
         int8_inputs: inputs rounded to int8 per token, else taken as floats.
     """
     rows = hidden.reshape(-1, hidden.shape[-1]).float().contiguous()
-    values, tokens = torch.ops.qat.lm_head_top(rows, head.blob, head.grid, k, int8_inputs)
+    values, tokens = torch.ops.qat.lm_head_top(rows, head.blob, list(head.grid), k, int8_inputs)
     return values.view(*hidden.shape[:-1], k), tokens.view(*hidden.shape[:-1], k)

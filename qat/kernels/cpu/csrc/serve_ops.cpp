@@ -1,11 +1,14 @@
 // Torch ops of serving, one for each function of qat/kernels/reference.py of the same name. Rows are float32 [M, ...];
-// a weight is `blob` with its grid [n, k, group, bits, zeros] as `prepack` in qat/kernels/cpu/__init__.py makes it.
+// a weight is `blob` with its grid n, k, group, bits, zeros as `prepack` in qat/kernels/cpu/__init__.py makes it. Five
+// integers and not a list: a list takes as long as a small matmul on its way through the dispatcher.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -22,11 +25,28 @@ using torch::stable::Tensor;
 
 const float* floats(const Tensor& x) { return static_cast<const float*>(x.data_ptr()); }
 
-Packed weight_of(const Tensor& blob, const std::vector<int64_t>& grid, bool narrow) {
-  STD_TORCH_CHECK(grid.size() == 5, "grid must be [n, k, group, bits, zeros]");
+Packed weight_of(const Tensor& blob, std::array<int64_t, 5> grid, bool narrow) {
   const Packed w = qat::packed_of(blob, grid.data());
   STD_TORCH_CHECK(w.container <= 8 && (w.container <= 4) == narrow, "w4 ops take 2 to 4 bits, w8 ops 5 to 8, got ", grid[3]);
   return w;
+}
+
+// A new float32 matrix; several times as fast as the dispatcher's new_empty.
+Tensor new_floats(int64_t m, int64_t n) {
+  const int64_t sizes[2] = {m, n}, strides[2] = {n, 1};
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// fn(begin, end) over [0, count); not through torch when there is only one piece.
+template <class Fn>
+void each(int64_t count, int64_t grain, const Fn& fn) {
+  if (count <= grain)
+    fn(0, count);
+  else
+    torch::stable::parallel_for(0, count, grain, fn);
 }
 
 struct Rounded {
@@ -37,13 +57,13 @@ struct Rounded {
 };
 
 // y [M, N] of rounded rows, split over panels.
-Tensor multiply(const Tensor& x, const Packed& w, const Rounded& in, int64_t m, int planes) {
-  Tensor y = torch::stable::new_empty(x, {m, w.n});
+Tensor multiply(const Packed& w, const Rounded& in, int64_t m, int planes) {
+  Tensor y = new_floats(m, w.n);
   float* out = static_cast<float*>(y.data_ptr());
   const qat::Inputs inputs{in.codes.data(), in.sums.data(), in.scales.data(), nullptr, w.padded(), planes};
   const int64_t work = w.panel_bytes * std::max<int64_t>(1, m * planes / 4);
   const int64_t grain = std::max<int64_t>(1, (64 << 10) / work);
-  torch::stable::parallel_for(0, w.panels, grain, [&](int64_t begin, int64_t end) {
+  each(w.panels, grain, [&](int64_t begin, int64_t end) {
     kernels().matmul(w, inputs, m, begin, end, out, w.n);
   });
   return y;
@@ -54,13 +74,13 @@ Tensor matmul(const Tensor& x, const Packed& w, int planes) {
   STD_TORCH_CHECK(x.size(1) == w.k, "x [M, K] must have K = ", w.k, ", got ", x.size(1));
   const int64_t m = x.size(0);
   Rounded in(m * planes, w);
-  torch::stable::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
+  each(m, 16, [&](int64_t begin, int64_t end) {
     std::vector<float> rest(planes == 2 ? w.k : 0);
     for (int64_t i = begin; i < end; ++i)
       qat::quantize_planes(floats(x) + i * w.k, w, planes, in.codes.data() + i * planes * w.padded(),
                            in.sums.data() + i * planes * w.groups, &in.scales[i * planes], rest.data());
   });
-  return multiply(x, w, in, m, planes);
+  return multiply(w, in, m, planes);
 }
 
 // Inputs on a stored grid (input_grid [2]: scale, zero point): y = s (sum c w - z sum w), the latter from a row of ones.
@@ -79,8 +99,8 @@ Tensor static_matmul(const Tensor& x, const Packed& w, const Tensor& input_grid)
     kernels().quantize(i < m ? floats(x) + i * w.k : row_of_ones.data(), w.k, w.padded(), w.group, i < m ? stored : unit,
                        in.codes.data() + i * w.padded(), in.sums.data() + i * w.groups, &in.scales[i]);
   in.scales[m] = stored[0];
-  const Tensor both = multiply(x, w, in, m + 1, 1);
-  Tensor y = torch::stable::new_empty(x, {m, w.n});
+  const Tensor both = multiply(w, in, m + 1, 1);
+  Tensor y = new_floats(m, w.n);
   float* out = static_cast<float*>(y.data_ptr());
   const float* ones = floats(both) + m * w.n;
   for (int64_t i = 0; i < m; ++i)
@@ -89,24 +109,25 @@ Tensor static_matmul(const Tensor& x, const Packed& w, const Tensor& input_grid)
 }
 
 template <bool NARROW>
-Tensor a8_matmul(Tensor x, Tensor blob, std::vector<int64_t> grid, Tensor input_grid) {
-  const Packed w = weight_of(blob, grid, NARROW);
-  return input_grid.numel() ? static_matmul(x, w, input_grid) : matmul(x, w, 1);
+Tensor a8_matmul(Tensor x, Tensor blob, int64_t n, int64_t k, int64_t group, int64_t bits, int64_t zeros,
+                 std::optional<Tensor> input_grid) {
+  const Packed w = weight_of(blob, {n, k, group, bits, zeros}, NARROW);
+  return input_grid ? static_matmul(x, w, *input_grid) : matmul(x, w, 1);
 }
 
 template <bool NARROW>
-Tensor a16_matmul(Tensor x, Tensor blob, std::vector<int64_t> grid) {
-  return matmul(x, weight_of(blob, grid, NARROW), 2);
+Tensor a16_matmul(Tensor x, Tensor blob, int64_t n, int64_t k, int64_t group, int64_t bits, int64_t zeros) {
+  return matmul(x, weight_of(blob, {n, k, group, bits, zeros}, NARROW), 2);
 }
 
-Tensor packed_embedding(Tensor ids, Tensor blob, std::vector<int64_t> grid) {
+Tensor packed_embedding(Tensor ids, Tensor blob, int64_t n, int64_t k, int64_t group, int64_t bits, int64_t zeros) {
   check(ids, ScalarType::Long, 1, "ids [M] int64");
-  STD_TORCH_CHECK(grid.size() == 5, "grid must be [n, k, group, bits, zeros]");
-  const Packed w = qat::packed_of(blob, grid.data());
+  const int64_t grid[5] = {n, k, group, bits, zeros};
+  const Packed w = qat::packed_of(blob, grid);
   const int64_t* id = static_cast<const int64_t*>(ids.data_ptr());
   for (int64_t i = 0; i < ids.numel(); ++i)
     STD_TORCH_CHECK(id[i] >= 0 && id[i] < w.n, "ids must be in [0, ", w.n, "), got ", id[i]);
-  Tensor out = torch::stable::new_empty(ids, {ids.numel(), w.k}, ScalarType::Float);
+  Tensor out = new_floats(ids.numel(), w.k);
   float* rows = static_cast<float*>(out.data_ptr());
   torch::stable::parallel_for(0, ids.numel(), 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels().row(w, id[i], rows + i * w.k);
@@ -245,11 +266,11 @@ Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY(qat, m) {
-  m.def("w4a8_matmul(Tensor x, Tensor blob, int[] grid, Tensor input_grid) -> Tensor");
-  m.def("w8a8_matmul(Tensor x, Tensor blob, int[] grid, Tensor input_grid) -> Tensor");
-  m.def("w4a16_matmul(Tensor x, Tensor blob, int[] grid) -> Tensor");
-  m.def("w8a16_matmul(Tensor x, Tensor blob, int[] grid) -> Tensor");
-  m.def("packed_embedding(Tensor ids, Tensor blob, int[] grid) -> Tensor");
+  m.def("w4a8_matmul(Tensor x, Tensor blob, int n, int k, int group, int bits, int zeros, Tensor? input_grid=None) -> Tensor");
+  m.def("w8a8_matmul(Tensor x, Tensor blob, int n, int k, int group, int bits, int zeros, Tensor? input_grid=None) -> Tensor");
+  m.def("w4a16_matmul(Tensor x, Tensor blob, int n, int k, int group, int bits, int zeros) -> Tensor");
+  m.def("w8a16_matmul(Tensor x, Tensor blob, int n, int k, int group, int bits, int zeros) -> Tensor");
+  m.def("packed_embedding(Tensor ids, Tensor blob, int n, int k, int group, int bits, int zeros) -> Tensor");
   m.def("lm_head_top(Tensor hidden, Tensor blob, int[] grid, int k, bool int8_inputs) -> (Tensor, Tensor)");
   m.def("rmsnorm_quantize(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("silu_mul_quantize(Tensor gate, Tensor up) -> (Tensor, Tensor)");

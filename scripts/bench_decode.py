@@ -56,7 +56,7 @@ def same_weights(packed: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def check(one: Any, wanted: Tensor, ids: Tensor, limits: dict[str, float]) -> dict[str, float]:
-    """KL and top-1 agreement with the float model's logits; ends the program when out of its limit. Empty: no logits."""
+    """KL and top-1 agreement with the float model's logits, empty without logits; ends the program above the limit."""
     logits = one.logits(ids)
     if logits is None:
         return {}

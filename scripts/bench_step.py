@@ -106,7 +106,9 @@ def timed(args: argparse.Namespace, threads: int, ids: torch.Tensor) -> list[dic
                 losses.setdefault(own, loss)
                 if round_number:  # the first is warm-up
                     seconds[own].append(elapsed)
-                print(f"{threads} threads, round {round_number} {own}: {elapsed:.3f} s, loss {loss:.4f}", file=sys.stderr)
+                print(
+                    f"{threads} threads, round {round_number} {own}: {elapsed:.3f} s, loss {loss:.4f}", file=sys.stderr
+                )
         ratios = [own / base for own, base in zip(seconds[name], seconds["plain"], strict=True)]
         row = {"name": name, "threads": threads, "median_seconds": statistics.median(seconds[name])}
         row |= {"ratio_to_plain": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +223,12 @@ LLAMA = {  # binding, what it is called, kind of file; the wheel's server wants 
 def contenders(shape: str, positions: int) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
     """What makes the float model, and by name what makes each contender: one at a time, for a large model's memory."""
     make = {"smollm2": smollm2, "llama-3.2-1b": llama_1b}[shape]
+
+    def ours(name: str, parts: tuple[str, str, int | None]) -> OurEngine:
+        return OurEngine(name, packed_model(make, *parts), positions)
+
     makers: dict[str, Callable[[], Any]] = {
-        name: lambda name=name, parts=parts: OurEngine(name, packed_model(make, *parts), positions)
-        for name, parts in OURS.items()
-        if shape == "smollm2" or parts[2] is None
+        name: partial(ours, name, parts) for name, parts in OURS.items() if shape == "smollm2" or parts[2] is None
     }
     makers["ours bf16"] = lambda: OurEngine("ours bf16", float_packed(make()), positions)
     makers["transformers bf16"] = lambda: Transformers(make().bfloat16())
@@ -240,5 +242,5 @@ def contenders(shape: str, positions: int) -> tuple[Callable[[], Any], dict[str,
 
     for binding, label, kind in LLAMA[shape]:
         name = f"llama.cpp {label} {kind}"
-        makers[name] = lambda binding=binding, name=name, kind=kind: llama(binding, name, kind)
+        makers[name] = partial(llama, binding, name, kind)
     return make, makers

@@ -1,4 +1,4 @@
-"""A Llama model with random weights as a float16 GGUF file without a vocabulary, which llama.cpp quantizes and times."""
+"""A Llama model with random weights as a float16 GGUF file without a vocabulary, for llama.cpp to quantize."""
 
 from __future__ import annotations
 

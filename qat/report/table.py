@@ -244,7 +244,9 @@ def kv_table(bench: dict[str, Any]) -> str:
         ("int8", f"{of['int8']:.3f}", f"{bench['relative']:+.2%}", f"{bench['kl']:.5f}", f"{bench['top1']:.1%}"),
     ]
     header = ("Cache", "Perplexity", "against bf16", "KL", "same first choice")
-    where = f"{bench['model']} {bench['scheme']}, {bench['tokens']:,} held-out tokens; the float model: {of['float']:.3f}."
+    where = (
+        f"{bench['model']} {bench['scheme']}, {bench['tokens']:,} held-out tokens; the float model: {of['float']:.3f}."
+    )
     return f"{_markdown(header, lines)}\n{where}\n"
 
 

@@ -58,11 +58,6 @@ def copies(size: float) -> int:
     return max(2, int(CACHE // size) + 1)
 
 
-def cpu_copy(weight: cpu.CpuWeight) -> cpu.CpuWeight:
-    """The same weight in other memory."""
-    return replace(weight, blob=weight.blob.clone())
-
-
 Op = tuple[float, list[Any], PackedTensor]  # bytes of the weight, one callable per copy, truth
 
 
@@ -72,7 +67,9 @@ def our_ops(w4: PackedTensor, w8: PackedTensor) -> dict[str, Op]:
     for name, tensor, planes in (("ours w4a8", w4, 1), ("ours w4a16", w4, 2), ("ours w8a8", w8, 1)):
         first = cpu.prepack([tensor])
         size = float(first.blob.numel())
-        weights = [first, *(cpu_copy(first) for _ in range(copies(size) - 1))]
+        blobs = [first.blob.clone() for _ in range(copies(size))]
+        cpu.in_huge_pages(blobs)  # as layers and engine do
+        weights = [replace(first, blob=blob) for blob in blobs]
         calls = [lambda x, w=w, planes=planes: ours(x, w, planes) for w in weights]
         made[name] = (size, calls, tensor)
     return made

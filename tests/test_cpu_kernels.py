@@ -317,3 +317,11 @@ def test_cpu_backend_says_what_it_cannot_take():
     choice = choose("w8a8_matmul", packed_weight(GRIDS["int8-row"], 8, 64), "auto", tensor)
     assert choice.backend == "reference" and choice.refused["dense"] == "no dense kernel for w8a8_matmul"
     assert choice.refused["cpu"].startswith("inputs must be int8 sym per token") or cpu.unavailable()
+
+
+def test_blobs_in_huge_pages_are_the_same_bytes_and_a_shared_one_stays_shared():
+    made = [torch.randint(0, 256, (size * 64,), dtype=torch.uint8) for size in (40000, 3, 30000)]
+    blobs = [*made, made[0]]
+    cpu.in_huge_pages(blobs)
+    assert all(torch.equal(blob, before) for blob, before in zip(blobs, [*made, made[0]], strict=True))
+    assert blobs[3].data_ptr() == blobs[0].data_ptr() and all(blob.data_ptr() % 64 == 0 for blob in blobs)

@@ -8,7 +8,7 @@ refused are kept on the layer and shown by `qat doctor` and `qat inspect`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,10 @@ def _cpu_differs(input_spec: QuantSpec | None) -> str | None:
 
 
 def _cpu_prepare(weight: PackedTensor, dtype: torch.dtype) -> cpu.CpuWeight:
-    return cpu.prepack([weight])
+    laid_out = cpu.prepack([weight])
+    blobs = [laid_out.blob]
+    cpu.in_huge_pages(blobs)
+    return replace(laid_out, blob=blobs[0])
 
 
 def _cpu_matmul(op: str) -> Callable[..., Tensor]:

@@ -112,12 +112,15 @@ class Engine:
         linears = self._linears(model, layers)
         parts = [part for linear in linears for part in linear]
         grids = [number for part in parts for number in (*part.weight.grid, part.planes)]
+        scales, counts = [part.input_scale for part in parts], [len(linear) for linear in linears]
         blobs = [part.weight.blob for part in parts]
+        del linears, parts  # so that a blob is freed when it has been moved
+        cpu.in_huge_pages(blobs)
         # the table is read a row at a time
         self.bytes_per_token = sum(blob.numel() for blob in blobs[1:])
         self._handle = torch.ops.qat.engine_new(
             *(facts, config["rms_norm_eps"], self._floats(model, layers), _windows(config)),
-            *(blobs, grids, [part.input_scale for part in parts], [len(linear) for linear in linears]),
+            *(blobs, grids, scales, counts),
         )
         weakref.finalize(self, torch.ops.qat.engine_free, torch.empty(0), self._handle)
 

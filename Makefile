@@ -29,6 +29,7 @@ bench-peers:
 
 bench-decode: $(MATERIALS)
 	$(BIN)/python scripts/bench_decode.py --busy
+	$(BIN)/python scripts/bench_decode.py --shape llama-3.2-1b --short --rounds 4 --tokens 24
 
 bench-ops: $(MATERIALS)
 	$(BIN)/python scripts/bench_ops.py

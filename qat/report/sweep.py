@@ -10,8 +10,8 @@ import yaml
 
 from qat.report.html import NOT_RUN, image, table, write_page
 from qat.report.sweep_figures import write_sweep_figures
-from qat.report.sweep_record import METRICS, SweepRecord, TrialRecord, pareto_front, read_sweep
-from qat.report.table import MISSING, _markdown, megabytes, number_text
+from qat.report.sweep_record import METRICS, SweepRecord, TrialRecord, in_unit, pareto_front, read_sweep, title_of
+from qat.report.table import MISSING, _markdown, number_text
 
 # What belongs to the trial, not to the recipe: left to the defaults of the next run
 OF_THE_TRIAL = ("runs_dir", "overwrite")
@@ -30,7 +30,7 @@ def trial_rows(record: SweepRecord) -> tuple[tuple[str, ...], list[tuple[str, ..
     """Header and a row for each trial: number, state, settings, metrics, minutes, reason."""
     keys = list(dict.fromkeys(key for trial in record.trials for key in trial.params))
     metrics = [*record.objectives, *record.record]
-    header = ("Trial", "State", *keys, *(_title(name) for name in metrics), "Minutes", "Reason")
+    header = ("Trial", "State", *keys, *(title_of(name) for name in metrics), "Minutes", "Reason")
     rows = [
         (
             str(trial.number),
@@ -46,9 +46,8 @@ def trial_rows(record: SweepRecord) -> tuple[tuple[str, ...], list[tuple[str, ..
 
 
 def metric_text(metric: str, value: float | None) -> str:
-    """A metric's number as the tables write it; bytes in MB."""
-    if metric.startswith("bytes"):
-        return megabytes(value)
+    """A metric's number as the tables write it"""
+    value = in_unit(metric, value)
     return number_text(value, ",.4g" if value is None or abs(value) < 1000 else ",.0f")
 
 
@@ -140,10 +139,6 @@ def _write_markdown(record: SweepRecord, figures: dict[str, Path]) -> Path:
     path = record.path / "report.md"
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
-
-
-def _title(metric: str) -> str:
-    return METRICS[metric][0].replace("Bytes", "MB")
 
 
 def _setting(value: object) -> str:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from qat.report.figures import BLUE, GREY, LIGHT, ORANGE, RED, STYLE, WIDTH
 from qat.report.record import is_number
-from qat.report.sweep_record import METRICS, SweepRecord, TrialRecord, pareto_front
+from qat.report.sweep_record import METRICS, SweepRecord, TrialRecord, in_unit, pareto_front, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # A range of positive numbers that spans more than this is drawn in the logarithm.
 LOG_ABOVE = 8
+# Behind labels that lines cross
+PLATE: Any = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 
 
 def write_sweep_figures(record: SweepRecord) -> dict[str, Path]:
@@ -51,12 +53,13 @@ def draw_pareto(record: SweepRecord, metric: str, other: str) -> Figure | None:
         pareto_front(trials, {name: METRICS[name][1] for name in (metric, other)}), key=lambda t: t.metrics[other]
     )
     figure, axes = _figure(4.2)
-    unit = 1e6 if other.startswith("bytes") else 1.0
 
     def place(trial: TrialRecord) -> tuple[float, float]:
-        return trial.metrics[other] / unit, trial.metrics[metric]
+        return in_unit(other, trial.metrics[other]), in_unit(metric, trial.metrics[metric])
 
-    axes.step(*zip(*map(place, front), strict=True), where="post", color=BLUE, linewidth=1.2, zorder=1)
+    # between two trials of the front, only the one that costs no more is to be had
+    side = "post" if METRICS[other][1] == "minimize" else "pre"
+    axes.step(*zip(*map(place, front), strict=True), where=side, color=BLUE, linewidth=1.2, zorder=1)
     rest = [trial for trial in trials if trial not in front]
     for group, color, label in ((rest, GREY, "beaten"), (front, BLUE, "not beaten by any other")):
         if group:
@@ -66,9 +69,9 @@ def draw_pareto(record: SweepRecord, metric: str, other: str) -> Figure | None:
     if is_wide([trial.metrics[metric] for trial in trials]):
         axes.set_yscale("log")
     axes.margins(0.1)
-    axes.set_xlabel(f"{METRICS[other][0]} ({better(other)}{', MB' if unit > 1 else ''})")
-    axes.set_ylabel(f"{METRICS[metric][0]} ({better(metric)})")
-    axes.set_title(f"{METRICS[metric][0]} against {METRICS[other][0].lower()}; numbers are trials")
+    axes.set_xlabel(f"{title_of(other)} ({better(other)})")
+    axes.set_ylabel(f"{title_of(metric)} ({better(metric)})")
+    axes.set_title(f"{title_of(metric)} against {title_of(other)}; numbers are trials")
     axes.legend()
     return figure
 
@@ -76,7 +79,7 @@ def draw_pareto(record: SweepRecord, metric: str, other: str) -> Figure | None:
 def draw_history(record: SweepRecord) -> Figure | None:
     """The first objective by trial number, the best so far, and where trials were stopped or failed."""
     metric, direction = next(iter(record.objectives.items()))
-    done = [(trial.number, trial.metrics[metric]) for trial in record.complete()]
+    done = [(trial.number, in_unit(metric, trial.metrics[metric])) for trial in record.complete()]
     if not done:
         return None
     pick = min if direction == "minimize" else max
@@ -96,8 +99,8 @@ def draw_history(record: SweepRecord) -> Figure | None:
         axes.set_yscale("log")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("Trial")
-    axes.set_ylabel(METRICS[metric][0])
-    axes.set_title(f"{METRICS[metric][0]} by trial ({better(metric)})")
+    axes.set_ylabel(title_of(metric))
+    axes.set_title(f"{title_of(metric)} by trial ({better(metric)})")
     axes.legend()
     return figure
 
@@ -113,7 +116,9 @@ def draw_parallel_coordinates(record: SweepRecord) -> Figure | None:
     if not keys or not metrics:
         return None
     columns = [Column(key, [trial.params.get(key) for trial in trials]) for key in keys]
-    columns += [Column(METRICS[name][0], [trial.metrics.get(name) for trial in trials]) for name in metrics]
+    columns += [
+        Column(title_of(name), [in_unit(name, trial.metrics.get(name)) for trial in trials]) for name in metrics
+    ]
     color_of = columns[len(keys) + metrics.index(metric)] if metric in metrics else None
     figure, axes = _figure(4.4)
     colors = colormaps["cividis"]
@@ -127,14 +132,14 @@ def draw_parallel_coordinates(record: SweepRecord) -> Figure | None:
     for x, column in enumerate(columns):
         axes.axvline(x, color=GREY, linewidth=0.8, zorder=0)
         for height, label in column.ticks:
-            axes.annotate(label, (x, height), (4, 0), textcoords="offset points", fontsize=8, va="center")
+            axes.annotate(label, (x, height), (4, 0), textcoords="offset points", fontsize=8, va="center", bbox=PLATE)
     axes.set_xticks(range(len(columns)), [column.title for column in columns], rotation=15, ha="right", fontsize=9)
     axes.set_yticks([])
     axes.set_xlim(-0.2, len(columns) - 1 + 0.6)
     axes.grid(visible=False)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
-    axes.set_title(f"Trials, coloured by {METRICS[metric][0].lower()} (dark is low, dashed did not complete)")
+    axes.set_title(f"Trials, coloured by {title_of(metric)} (dark is low, dashed did not complete)")
     return figure
 
 

@@ -22,7 +22,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "top1_to_float.fake_quant": ("Same most likely token as float", "maximize"),
     "recovery": ("Recovery", "maximize"),
     "bits_per_weight": ("Bits per weight", "minimize"),
-    "bytes.packed": ("Bytes, packed", "minimize"),
+    "bytes.packed": ("MB, packed", "minimize"),
     "seconds.step_median": ("Seconds per training step", "minimize"),
     "seconds.total": ("Seconds of the run", "minimize"),
     "tokens_per_second": ("Training tokens per second", "maximize"),
@@ -73,6 +73,16 @@ def metric_value(results: dict[str, Any], metric: str) -> float | None:
     for part in metric.split("."):
         here = here.get(part) if isinstance(here, dict) else None
     return float(here) if is_number(here) else None
+
+
+def title_of(metric: str) -> str:
+    """What a metric is called in tables and figures."""
+    return METRICS[metric][0]
+
+
+def in_unit(metric: str, value: Any) -> Any:
+    """The value in the unit its title names: bytes become MB of 10^6. None stays None."""
+    return value / 1e6 if value is not None and metric.startswith("bytes") else value
 
 
 def pareto_front(trials: list[TrialRecord], directions: dict[str, str]) -> list[TrialRecord]:

@@ -8,6 +8,7 @@ Ranges and checks across fields are in `checks.py`. Objects are built from the r
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 import types
@@ -39,11 +40,13 @@ TYPES: dict[Any, tuple[str, str]] = {
 VALUES_ONLY = "A configuration holds values only; no object is built from a name in it."
 
 
-def compose_run(overrides: list[str], more: dict[str, Any] | None = None) -> RunConfig:
+def compose_run(
+    overrides: list[str], more: dict[str, Any] | None = None, composed: dict[str, DictConfig] | None = None
+) -> RunConfig:
     """The checked run that `overrides` describe: `group=option`, `recipe=NAME or FILE.yaml`, `dotted.key=value`.
 
     The last of several settings of one key counts, with a warning on stderr. `more` holds further settings as values;
-    they win.
+    they win. `composed` keeps what Hydra made of a choice of groups, for callers that compose many runs at once.
 
     Raises:
         UserError: every problem found, before any work.
@@ -62,7 +65,11 @@ def compose_run(overrides: list[str], more: dict[str, Any] | None = None) -> Run
         content, problems = read_yaml(Path(recipe) if is_file_name(recipe) else recipes_dir() / f"{recipe}.yaml")
     if problems:
         raise UserError(*problems)
-    config = compose_groups(choices, content)
+    composed = {} if composed is None else composed
+    groups_key = str(sorted(choices.items()))
+    if groups_key not in composed:
+        composed[groups_key] = compose_groups(choices, content)
+    config = copy.deepcopy(composed[groups_key])
     for key, value in given.items():
         if key not in choices:
             problems += set_value(config, key, value)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qat.cli.compose import (
     RECIPES,
@@ -29,6 +29,9 @@ from qat.errors import UserError, problem
 from qat.sweep.config import SweepConfig, check_sweep, corners
 from qat.sweep.folder import trial_name
 from qat.sweep.jobs import check_local
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass
@@ -147,9 +150,10 @@ def rehearse(config: SweepConfig, overrides: Sequence[str]) -> RunConfig:
     """
     first: RunConfig | None = None
     problems: dict[str, str] = {}
+    composed: dict[str, DictConfig] = {}
     for params in corners(config):
         try:
-            run = compose_run(list(overrides), values_for_run(params))
+            run = compose_run(list(overrides), values_for_run(params), composed)
             first = first or run
         except UserError as error:
             at = " ".join(f"{key}={value}" for key, value in params.items())

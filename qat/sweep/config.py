@@ -133,9 +133,7 @@ def _numbers(config: SweepConfig) -> Iterator[str]:
         yield problem("sweep.timeout_minutes", "must be finite and above 0", minutes, "Drop it for no limit.")
     if config.sampler == "grid" and config.trials is not None:
         fix = "Drop sweep.trials, or use sampler=random."
-        yield problem(
-            "sweep.trials", "a grid runs every combination, so it has no number of trials", config.trials, fix
-        )
+        yield problem("sweep.trials", "must not be given: a grid runs every combination", config.trials, fix)
     if config.sampler != "grid" and config.trials is None:
         yield problem("sweep.trials", f"must be given with sampler={config.sampler}", "none", "Add sweep.trials=20.")
 

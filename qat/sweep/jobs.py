@@ -47,7 +47,7 @@ class Job(Protocol):
         """End it at once."""
 
 
-class LocalJob:
+class LocalJob(Job):
     """A trial as a process group on this machine. Its id stands in a .pid file until it has ended."""
 
     def __init__(self, trial: TrialJob, command: list[str] | None = None):

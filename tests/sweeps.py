@@ -54,6 +54,10 @@ if do == "stubborn" and first:
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(0.2)
     time.sleep(60)
+if do == "preempted":
+    status("preempted")
+    if first or config.get("always"):
+        sys.exit(75)
 if do == "hang" and (first or config.get("always")):
     time.sleep(60)
 write("results.json", {"perplexity": {"packed": value}, "bits_per_weight": 4.0 + 1 / (1 + config["value"])})

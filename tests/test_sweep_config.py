@@ -213,13 +213,13 @@ def test_sweep_without_optuna_says_how_to_get_it(qat, sweep, monkeypatch):
     assert "needs the package optuna, got not installed. Run: pip install 'qat[sweep]'" in error
 
 
-def test_config_file_is_a_whole_run_without_overrides(qat, tmp_path):
-    code, text, _ = qat("train", "--cfg", "recipe=tiny", *PATHS)
+def test_config_file_is_a_whole_run_in_which_values_may_be_set(qat, tmp_path):
+    _, text, _ = qat("train", "--cfg", "recipe=tiny", *PATHS)
     (tmp_path / "run.yaml").write_text(text)
     assert qat("train", "--cfg", "--config-file", tmp_path / "run.yaml")[:2] == (0, text)
-    code, _, error = qat("train", "--config-file", tmp_path / "run.yaml", "seed=1")
-    assert code == 2
-    assert "--config-file: must stand without overrides, got seed=1" in error
+    assert qat("train", "--cfg", "--config-file", tmp_path / "run.yaml", "seed=7")[1] == text.replace(
+        "seed: 0", "seed: 7"
+    )
     (tmp_path / "run.yaml").write_text(text.replace("max_steps: 2", "max_steps: -2"))
     assert "trainer.max_steps: must be at least 1, got -2" in qat("train", "--config-file", tmp_path / "run.yaml")[2]
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from sweeps import opened, run, sweep_of
 
+from qat.config import RunConfig, TrainerConfig
 from qat.errors import UserError
 from qat.report.sweep_record import read_sweep
 from qat.sweep import driver
+from qat.sweep.config import ObjectiveConfig
 from qat.sweep.folder import claimed
-from qat.sweep.jobs import end_left_over
+from qat.sweep.jobs import TrialJob, check_local, end_left_over, environment, train_command
 from qat.sweep.study import JOURNAL, Study
 
 ROOT = Path(__file__).parents[1]
@@ -216,6 +218,44 @@ def test_process_that_only_has_the_number_of_a_trial_is_left_alone(tmp_path):
         bystander.wait()
 
 
+def test_trial_that_others_stop_goes_on_but_not_for_ever(folder, tmp_path):
+    goes_on = []
+    with opened(sweep_of(1.0), folder, do="preempted") as sweep:
+        real = sweep._launch
+        sweep._launch = lambda trial: (goes_on.append(trial.goes_on), real(trial))[1]
+        sweep.run()
+    assert trials(folder)[0].state == "complete"
+    # this fake leaves no resolved.yaml while it is unfinished, so there is nothing to resume
+    assert goes_on == [False, False]
+    run(sweep_of(1.0), tmp_path / "t", do="preempted", always=True)
+    assert trials(tmp_path / "t")[0].reason == "exit 75: no output"
+    assert len(pids(tmp_path / "t")) == driver.MOST_STOPS + 1
+
+
+def test_trial_whose_run_can_go_on_is_resumed(folder):
+    with opened(sweep_of(1.0), folder) as sweep:
+        number = sweep.study.ask()
+        sweep._start(number)
+        wait_for(lambda: sweep._active[number].job.poll() is not None)
+        (folder / "trial-0000/run_status.json").write_text('{"status": "preempted"}')
+        jobs = []
+        sweep._active.clear()
+        real = sweep._launch
+        sweep._launch = lambda trial: (jobs.append(trial), real(trial))[1]
+        sweep._start(number)
+        wait_for(lambda: sweep._active[number].job.poll() is not None)
+    assert jobs[0].goes_on
+    assert train_command(jobs[0])[1:4] == ["-m", "qat.cli.main", "resume"]
+
+
+def test_two_objectives_are_recorded_and_the_first_names_the_best(folder):
+    both = [ObjectiveConfig("bits_per_weight"), ObjectiveConfig("perplexity.packed")]
+    run(sweep_of(1.0, 3.0, objectives=both, record=[], sampler="tpe", trials=3), folder)
+    record = read_sweep(folder)
+    assert record.objectives == {"bits_per_weight": "minimize", "perplexity.packed": "minimize"}
+    assert record.best().metrics["bits_per_weight"] == min(t.metrics["bits_per_weight"] for t in record.trials)
+
+
 def test_finished_sweep_runs_nothing_more_and_more_trials_go_on(folder):
     config = sweep_of(1.0, 2.0, sampler="random", trials=2)
     run(config, folder)
@@ -282,9 +322,6 @@ def test_draws_do_not_depend_on_where_a_sweep_was_stopped(tmp_path):
 
 
 def test_environment_of_ranks_and_gpus_does_not_reach_other_trials(monkeypatch, tmp_path):
-    from qat.config import RunConfig, TrainerConfig
-    from qat.sweep.jobs import TrialJob, check_local, environment, train_command
-
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     run_config = RunConfig(trainer=TrainerConfig(accelerator="gpu", strategy="ddp", devices=2, threads=3))

@@ -28,6 +28,9 @@ from qat.sweep.study import Study
 POLL_SECONDS = 0.3
 # A stopped trial may still write what it has
 PATIENCE_SECONDS = 60.0
+# How run_status.json calls an attempt that can go on, and how often one trial may be stopped by others than the driver
+UNFINISHED = ("running", "preempted", "interrupted")
+MOST_STOPS = 5
 OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "Cannot allocate memory", "MemoryError")
 
 
@@ -122,8 +125,7 @@ class Driver:
     def _ended_meanwhile(self, number: int, advance: Callable[[str], None]) -> bool:
         """Whether a trial whose driver died ran to its end all the same; if so, that end is recorded."""
         end_left_over(self.folder.config_file(number))
-        status = read_run(self.folder.trial(number)).status or {}
-        if status.get("status") != "finished" or not self._is_claimed(number):
+        if self._status(number) != "finished":
             return False
         state, reason = self._verdict(number, None, 0)
         self._end(number, state, reason, 0.0, advance)
@@ -132,11 +134,12 @@ class Driver:
     def _start(self, number: int) -> None:
         params = self.study.params(number)
         run, text = self._configure(number, params)
+        goes_on = self._status(number) in UNFINISHED and (self.folder.trial(number) / "resolved.yaml").is_file()
         write_text_atomic(self.folder.config_file(number), text)
         slot = min(set(range(self.config.parallel)) - {active.slot for active in self._active.values()})
-        job = self._launch(TrialJob(run, self.folder.config_file(number), self.folder.log(number), slot))
+        job = self._launch(TrialJob(run, self.folder.config_file(number), self.folder.log(number), slot, goes_on))
         self._active[number] = Active(number, job, slot)
-        say(f"{trial_name(number)} starts: {settings_text(params)}")
+        say(f"{trial_name(number)} {'goes on' if goes_on else 'starts'}: {settings_text(params)}")
         self.folder.write_results(self.config, self.study, "running")
 
     def _watch(self, active: Active, advance: Callable[[str], None]) -> None:
@@ -146,6 +149,9 @@ class Driver:
         minutes = (time.monotonic() - active.started) / 60
         if code is not None:
             del self._active[active.number]
+            if active.ended_as is None and self._was_stopped_by_others(active.number):
+                self._waiting.append(active.number)
+                return
             state, reason = self._verdict(active.number, active.ended_as, code)
             self._end(active.number, state, reason, minutes, advance)
             return
@@ -178,8 +184,13 @@ class Driver:
                 self._ask_to_stop(active, "pruned", f"{pruning.watch} {value:.4g} at step {step}")
                 return
 
+    def _status(self, number: int) -> str | None:
+        """What the latest attempt says of itself in run_status.json."""
+        status = read_run(self.folder.trial(number)).status or {}
+        return status.get("status") if self._is_claimed(number) else None
+
     def _is_claimed(self, number: int) -> bool:
-        """Whether the run folder is this attempt's: its status is as young as the configuration it was started with."""
+        """Whether the run folder is the latest attempt's: its status is younger than that attempt's configuration."""
         status, config = self.folder.trial(number) / "run_status.json", self.folder.config_file(number)
         return status.is_file() and config.is_file() and status.stat().st_mtime_ns >= config.stat().st_mtime_ns
 
@@ -187,16 +198,23 @@ class Driver:
         active.ended_as, active.stopped_at = (state, reason), time.monotonic()
         active.job.stop()
 
+    def _was_stopped_by_others(self, number: int) -> bool:
+        """Whether the run was preempted, but not by the driver; it goes on, unless that happens again and again."""
+        stops = self.study.facts(number).get("stops", 0) + 1
+        if self._status(number) not in UNFINISHED[1:] or stops > MOST_STOPS:
+            return False
+        self.study.note(number, stops=stops)
+        say(f"{trial_name(number)} was stopped by others")
+        return True
+
     def _verdict(self, number: int, asked: tuple[str, str] | None, code: int) -> tuple[str, str]:
         """How a trial whose job has ended counts, and why.
 
         Only a run that says it is finished is complete, also one that was about to be stopped: a stopped one may end
         with code 0 too.
         """
-        record = read_run(self.folder.trial(number))
-        finished = (record.status or {}).get("status") == "finished"
-        if code == 0 and finished and self._is_claimed(number):
-            results = record.results or {}
+        if code == 0 and self._status(number) == "finished":
+            results = read_run(self.folder.trial(number)).results or {}
             wanted = [objective.metric for objective in self.config.objectives]
             found = {name: metric_value(results, name) for name in [*wanted, *self.config.record]}
             self.study.note(number, metrics={name: value for name, value in found.items() if value is not None})

@@ -26,12 +26,16 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What a launcher needs: the run, its file, where its output goes, and which of the parallel places it takes."""
+    """What a launcher needs: the run, its file, where its output goes, and which of the parallel places it takes.
+
+    `goes_on`: the run folder holds an unfinished attempt, to be resumed.
+    """
 
     run: RunConfig
     config_file: Path
     log: Path
     slot: int
+    goes_on: bool = False
 
 
 class Job(Protocol):
@@ -86,9 +90,12 @@ LAUNCHERS: dict[str, Callable[[TrialJob], Job]] = {"local": LocalJob}
 
 
 def train_command(trial: TrialJob) -> list[str]:
-    """`qat train --config-file`, under torchrun when the run has several processes."""
+    """`qat train --config-file` or `qat resume`, under torchrun when the run has several processes."""
     processes = trial.run.trainer.devices
-    run = ["-m", "qat.cli.main", "train", "--config-file", str(trial.config_file)]
+    verb = ["train", "--config-file", str(trial.config_file)]
+    if trial.goes_on:
+        verb = ["resume", str(Path(trial.run.runs_dir) / trial.run.name)]
+    run = ["-m", "qat.cli.main", *verb]
     if processes == 1:
         return [sys.executable, *run]
     # --standalone: a free port for each, so that trials side by side do not meet
@@ -147,7 +154,7 @@ def end_group(pid: int, number: signal.Signals) -> None:
 def end_left_over(config_file: Path, patience_seconds: float = 60.0) -> None:
     """Stop the process that a dead driver left running on this configuration, and wait for its end.
 
-    The id is believed only while that process still names the file in its command line.
+    The id is believed only while that process still names the file, or the trial's run folder, in its command line.
 
     Raises:
         UserError: it does not end.
@@ -167,6 +174,8 @@ def end_left_over(config_file: Path, patience_seconds: float = 60.0) -> None:
 
 def _runs(pid: int, config_file: Path) -> bool:
     try:
-        return str(config_file).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
+    run_folder = config_file.parent.parent / config_file.stem
+    return not {str(config_file), str(run_folder)}.isdisjoint(words)

@@ -50,6 +50,12 @@ def test_shipped_sweep_composes_and_is_listed(name):
     assert len(dict(list_group("sweeps"))[name]) > 10
 
 
+def test_sweeps_are_listed_by_the_command(qat):
+    code, out, _ = qat("ls", "sweeps")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == SWEEPS
+
+
 def test_sweep_keys_and_run_keys_are_told_apart(sweep):
     plan = compose_sweep([sweep(), "sweep.trials=7", "sweep.space.1.low=1e-4", "trainer.max_steps=3", *PATHS])
     assert (plan.config.trials, plan.config.space[1].low, plan.base.trainer.max_steps) == (7, 1e-4, 3)

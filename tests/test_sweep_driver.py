@@ -158,6 +158,18 @@ def test_stopped_driver_stops_its_trials_and_the_next_one_takes_them_up(folder, 
     assert [len(pids(folder, trial)) for trial in (0, 1)] == [2, 2]
 
 
+def test_driver_that_breaks_stops_its_trials_and_says_interrupted(folder, monkeypatch):
+    def broken(self, active):
+        wait_for((folder / "trial-0000/pids").is_file)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(driver.Driver, "_follow", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(sweep_of(1.0), folder, do="hang")
+    assert read_sweep(folder).status == "interrupted"
+    assert not is_alive(pids(folder)[0])
+
+
 def test_second_interrupt_kills_a_trial_that_does_not_end(folder):
     began = time.monotonic()
     assert run(sweep_of(1.0), folder, do="stubborn") == signal.SIGINT

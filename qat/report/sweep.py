@@ -11,7 +11,7 @@ import yaml
 from qat.report.html import NOT_RUN, image, table, write_page
 from qat.report.sweep_figures import write_sweep_figures
 from qat.report.sweep_record import METRICS, SweepRecord, TrialRecord, in_unit, pareto_front, read_sweep, title_of
-from qat.report.table import MISSING, _markdown, number_text
+from qat.report.table import MISSING, markdown, number_text
 
 # What belongs to the trial, not to the recipe: left to the defaults of the next run
 OF_THE_TRIAL = ("runs_dir", "overwrite")
@@ -87,7 +87,7 @@ def _summary(record: SweepRecord) -> list[str]:
     lines = [f"The sweep is {record.status}: {counts or 'no trial'}.", f"Asked: {wanted}; {asked}."]
     best = record.best()
     if best is not None:
-        lines.append(f"Best: trial {best.number} ({_settings(best)}), {_metrics(best)}.")
+        lines.append(f"Best: trial {best.number} ({_settings(best)}): {_metrics(best)}.")
     return lines
 
 
@@ -132,7 +132,7 @@ def _write_markdown(record: SweepRecord, figures: dict[str, Path]) -> Path:
             f"# Sweep {record.name}",
             *_summary(record),
             f"Trials that no other beats in all metrics: {front}.",
-            _markdown(header, rows).rstrip(),
+            markdown(header, rows).rstrip(),
             pictures,
         ]
     )
@@ -152,5 +152,4 @@ def _settings(trial: TrialRecord) -> str:
 
 
 def _metrics(trial: TrialRecord) -> str:
-    """By their keys in results.json."""
-    return ", ".join(f"{name} {metric_text(name, value)}" for name, value in trial.metrics.items())
+    return "; ".join(f"{title_of(name)} {metric_text(name, value)}" for name, value in trial.metrics.items())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.report.figures import BLUE, GREY, LIGHT, ORANGE, RED, STYLE, WIDTH
+from qat.report.figures import BLUE, GREY, LIGHT, ORANGE, RED, STYLE, WIDTH, log_axis
 from qat.report.record import is_number
 from qat.report.sweep_record import METRICS, SweepRecord, TrialRecord, in_unit, pareto_front, title_of
 
@@ -68,6 +68,7 @@ def draw_pareto(record: SweepRecord, metric: str, other: str) -> Figure | None:
         axes.annotate(f"{trial.number}", place(trial), (5, 5), textcoords="offset points", fontsize=9)
     if is_wide([trial.metrics[metric] for trial in trials]):
         axes.set_yscale("log")
+        log_axis(axes.yaxis)
     axes.margins(0.1)
     axes.set_xlabel(f"{title_of(other)} ({better(other)})")
     axes.set_ylabel(f"{title_of(metric)} ({better(metric)})")
@@ -97,6 +98,8 @@ def draw_history(record: SweepRecord) -> Figure | None:
             )
     if is_wide([value for _, value in done]):
         axes.set_yscale("log")
+        log_axis(axes.yaxis)
+    axes.set_xlim(-0.5, len(record.trials) - 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("Trial")
     axes.set_ylabel(title_of(metric))
@@ -168,7 +171,7 @@ def _place_numbers(given: list[float]) -> Callable[[Any], tuple[float, str]]:
 
     def place(value: float) -> tuple[float, str]:
         height = (scale(value) - scale(low)) / (scale(high) - scale(low)) if high > low else 0.5
-        return height, f"{value:.4g}"
+        return height, f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
     return place
 

@@ -97,15 +97,17 @@ class Driver:
         """Run what is left of the sweep; the signal that stopped it, or None when it came to its end."""
         self._waiting = self.study.interrupted()
         done = sum(trial.state.is_finished() for trial in self.study.trials())
+        status = "interrupted"
         with stop_signals() as stop, bar("sweep", max(1, self.study.total - done)) as advance:
             try:
                 while not stop and self._fill(advance):
                     for active in list(self._active.values()):
                         self._watch(active, advance)
                     time.sleep(POLL_SECONDS)
+                status = "interrupted" if stop else "finished"
             finally:
                 self._stop_all(stop)
-                self.folder.write_results(self.config, self.study, "interrupted" if stop else "finished")
+                self.folder.write_results(self.config, self.study, status)
         return stop.signals[0] if stop else None
 
     def _fill(self, advance: Callable[[str], None]) -> bool:

@@ -148,7 +148,7 @@ def test_trials_run_side_by_side_in_places_of_their_own(folder):
 def test_stopped_driver_stops_its_trials_and_the_next_one_takes_them_up(folder, do, number):
     config = sweep_of(1.0, 2.0)
     assert run(config, folder, do=do) == number
-    assert [trial.state for trial in trials(folder)] == ["running", "waiting"]
+    assert [trial.state for trial in trials(folder)] == ["interrupted", "waiting"]
     assert read_sweep(folder).status == "interrupted"
     assert not is_alive(pids(folder)[0])
     # the next attempt finishes trial 0, and trial 1 stops the driver again

@@ -27,12 +27,14 @@ METRICS: dict[str, tuple[str, str]] = {
     "seconds.total": ("Seconds of the run", "minimize"),
     "tokens_per_second": ("Training tokens per second", "maximize"),
 }
-STATES = ("complete", "pruned", "failed", "running", "waiting")
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial. `metrics` holds what was measured, by dotted key; `reason` says why it did not complete."""
+    """One trial. `metrics` holds what was measured, by dotted key; `reason` says why it did not complete.
+
+    `state`: complete, pruned, failed, running, interrupted (the next driver takes it up) or waiting.
+    """
 
     number: int
     state: str

@@ -47,13 +47,15 @@ class SweepFolder:
 
     def write_results(self, config: SweepConfig, study: Study, status: str) -> None:
         """results.json: the sweep and every trial as they stand now."""
+        # what the study still holds as running is, once the driver has ended, to be taken up again
+        states = STATES | ({"RUNNING": "interrupted"} if status == "interrupted" else {})
         trials = []
         for trial in study.trials():
             facts = trial.user_attrs
             trials.append(
                 {
                     "number": trial.number,
-                    "state": STATES[trial.state.name],
+                    "state": states[trial.state.name],
                     "params": trial.params or trial.system_attrs.get("fixed_params", {}),
                     "metrics": facts.get("metrics", {}),
                     "minutes": facts.get("minutes"),

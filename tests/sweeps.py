@@ -36,6 +36,11 @@ if do == "fail":
     sys.exit(2)
 if do == "memory":
     sys.exit("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+if do == "raise":
+    import atexit
+
+    atexit.register(print, "logger: find logs there")
+    {}["key"]
 if do == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if do == "nan":

@@ -67,6 +67,7 @@ def test_sweep_runs_a_grid_and_names_the_best(folder):
 REASONS = {
     "fail": r"^exit 2: in_features: must be a multiple of group_size, got 63\. Use 21\.$",
     "memory": r"^out of memory: RuntimeError: .*can't allocate memory",
+    "raise": r"^exit 1: KeyError: 'key'$",
     "killed": r"^killed \(SIGKILL\), as systems do when memory runs out$",
     "nan": r"^results\.json of the run has no perplexity\.packed$",
 }
@@ -74,8 +75,8 @@ REASONS = {
 
 def test_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(folder):
     assert run(sweep_of(1.0, do=[*REASONS, "finish"]), folder) is None
-    assert [trial.state for trial in trials(folder)] == ["failed"] * 4 + ["complete"]
-    for trial in trials(folder)[:4]:
+    assert [trial.state for trial in trials(folder)] == ["failed"] * 5 + ["complete"]
+    for trial in trials(folder)[:5]:
         assert re.search(REASONS[trial.params["do"]], trial.reason), trial.reason
 
 

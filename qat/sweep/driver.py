@@ -6,6 +6,7 @@ reason and the sweep goes on. A driver that is stopped stops its jobs; called ag
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -276,6 +277,8 @@ def failure(code: int, log: Path) -> str:
     if code == -signal.SIGKILL:
         return "killed (SIGKILL), as systems do when memory runs out"
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    said = " ".join(dict.fromkeys(errors)) if errors else (lines[-1] if lines else "no output")
+    # the last line of a traceback; loggers may say good-bye after it
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    said = " ".join(dict.fromkeys(errors)) or next(reversed(raised or lines), "no output")
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
     return f"{how}: {said[:500]}"

@@ -277,8 +277,8 @@ def failure(code: int, log: Path) -> str:
     if code == -signal.SIGKILL:
         return "killed (SIGKILL), as systems do when memory runs out"
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    # the last line of a traceback; loggers may say good-bye after it
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    # the last line of a traceback; loggers may say good-bye after it, and torchrun that a child failed
+    raised = [line for line in lines if re.match(r"(?!.*ChildFailed)[\w.]*(Error|Exception|Interrupt)\b", line)]
     said = " ".join(dict.fromkeys(errors)) or next(reversed(raised or lines), "no output")
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
     return f"{how}: {said[:500]}"

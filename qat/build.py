@@ -101,7 +101,7 @@ def training(config: RunConfig) -> dict[str, Any]:
 
 def metrics(config: RunConfig, folder: Path, as_dict: dict, run_id: str | None) -> Metrics:
     """The run's metrics.jsonl, with wandb beside it when asked for; `run_id` is an earlier process's wandb run."""
-    return Metrics(folder, config.logger.wandb, config.logger.project, as_dict, run_id)
+    return Metrics(folder, config.logger.wandb, config.logger.project, as_dict, run_id, config.logger.group)
 
 
 def use_machine(config: RunConfig) -> int:

@@ -65,7 +65,7 @@ FRACTIONS = ("data.eval_fraction", "plan.max_unsupported", "optim.warmup_fractio
 
 def check(config: RunConfig) -> list[str]:
     """A line for every problem, in the project's error form; empty when the run may start."""
-    topics = (names, choices, ranges, data, model, schemes, fake_quant, phases, losses, trainer)
+    topics = (names, choices, ranges, data, model, schemes, fake_quant, phases, losses, trainer, logger)
     return [line for topic in topics for line in topic(config)]
 
 
@@ -229,3 +229,11 @@ def trainer(config: RunConfig) -> Iterator[str]:
         fix = "Use trainer.strategy=ddp or fsdp2, or one device on one node."
         got = f"devices={chosen.devices} nodes={chosen.nodes}"
         yield problem("trainer.strategy", "single is one process", got, fix)
+
+
+def logger(config: RunConfig) -> Iterator[str]:
+    """A group is wandb's."""
+    chosen = config.logger
+    if chosen.group is not None and chosen.wandb == "off":
+        fix = "Use logger=wandb_offline, or drop logger.group."
+        yield problem("logger.group", "is a wandb group, so it needs wandb", "wandb off", fix)

@@ -237,6 +237,8 @@ class LoggerConfig:
     """off, offline or online; metrics.jsonl is always written."""
     project: str = "qat"
     """wandb project."""
+    group: str | None = None
+    """wandb group; `qat sweep` gives its trials the name of the sweep."""
 
 
 @dataclass

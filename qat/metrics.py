@@ -34,6 +34,7 @@ class Metrics:
         folder: the run folder.
         wandb_mode: off, offline or online; wandb is imported only when it is not off.
         run_id: go on with this wandb run.
+        group: wandb's word for runs that belong together, such as those of a sweep.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class Metrics:
         project: str = "qat",
         config: dict | None = None,
         run_id: str | None = None,
+        group: str | None = None,
     ):
         self.path = folder / "metrics.jsonl"
         self._wandb: Any = None
         if wandb_mode != "off" and is_main():
-            self._wandb = _start_wandb(folder, wandb_mode, project, config or {}, run_id)
+            self._wandb = _start_wandb(folder, wandb_mode, project, config or {}, run_id, group)
 
     @property
     def run_id(self) -> str | None:
@@ -93,7 +95,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _start_wandb(folder: Path, mode: str, project: str, config: dict, run_id: str | None) -> Any:
+def _start_wandb(folder: Path, mode: str, project: str, config: dict, run_id: str | None, group: str | None) -> Any:
     try:
         import wandb
     except ImportError:
@@ -106,6 +108,7 @@ def _start_wandb(folder: Path, mode: str, project: str, config: dict, run_id: st
             dir=str(folder),
             mode=mode,  # type: ignore[arg-type]
             config=config,
+            group=group,
             id=run_id,
             resume="allow" if run_id else None,
         )

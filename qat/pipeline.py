@@ -291,6 +291,7 @@ def _results(
         "bits_per_weight": coverage.bits_per_weight,
         "bytes": {"float": 4 * coverage.weights, "packed": coverage.bytes},
         "seconds": {"step_median": statistics.median(train.step_seconds), "training": sum(train.step_seconds)},
+        "tokens_per_second": train.tokens / sum(train.step_seconds),
         "protocol": PROTOCOL.format(
             block=block, tokens=scores["fake_quant"].tokens, precision=config.evaluate.precision
         ),

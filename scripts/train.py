@@ -8,6 +8,7 @@ The qat command gives better messages; this gives Hydra's whole command line.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hydra
@@ -16,9 +17,20 @@ from omegaconf import DictConfig
 
 from qat.cli.compose import settle, to_yaml
 from qat.config import RunConfig, conf_dir, recipes_dir
-from qat.errors import UserError
+from qat.errors import UserError, problem
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+def check_one_process(config: RunConfig) -> None:
+    """Refuse jobs of several processes: Hydra composes in each of them, and they would not agree."""
+    processes, world = config.trainer.devices * config.trainer.nodes, os.environ.get("WORLD_SIZE", "1")
+    fix = "Use `qat sweep`, whose trials are jobs of their own, or torchrun with `qat train` for one run."
+    where, wanted = "scripts/train.py", "runs one process per job"
+    if processes > 1:
+        raise UserError(problem(where, wanted, f"a run that needs {processes} processes", fix))
+    if world != "1":
+        raise UserError(problem(where, wanted, f"WORLD_SIZE={world}", fix))
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
@@ -26,8 +38,7 @@ def main(composed: DictConfig) -> None:
     """One run of the grid."""
     try:
         config = settle(composed)
-        if config.trainer.devices * config.trainer.nodes > 1:
-            raise UserError("scripts/train.py: runs one process per job, got several. Start it with torchrun and qat.")
+        check_one_process(config)
 
         from qat import pipeline
         from qat.cli.train import show

@@ -39,8 +39,7 @@ def paragraphs(count: int, seed: int) -> list[str]:
     return [f"Story {number}. " + " ".join(map(sentence, range(2))) for number in range(count)]
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer():
+def make_tokenizer():
     """Byte-level BPE of 300 tokens with bos, eos (also the chat's end of turn), pad and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -68,6 +67,12 @@ def tiny_tokenizer():
     return tokenizer
 
 
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """The one tokenizer of all tiny models."""
+    return make_tokenizer()
+
+
 def save_model(folder: Path, hf_config, tokenizer) -> Path:
     """A folder with random weights of seed 0 for `hf_config`, and the tokenizer."""
     from transformers import AutoModelForCausalLM
@@ -82,9 +87,8 @@ def save_model(folder: Path, hf_config, tokenizer) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
-    """Llama: hidden 64, 2 layers, 4 heads on 2 kv heads, tied embeddings. Shared by all tests: do not write into it."""
+def make_llama(folder: Path, tokenizer) -> Path:
+    """Llama: hidden 64, 2 layers, 4 heads on 2 kv heads, tied embeddings."""
     from transformers import LlamaConfig
 
     hf_config = LlamaConfig(
@@ -96,11 +100,17 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-        bos_token_id=tiny_tokenizer.bos_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    return save_model(tmp_path_factory.mktemp("tiny_llama"), hf_config, tiny_tokenizer)
+    return save_model(folder, hf_config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    """The Llama, shared by all tests: do not write into it."""
+    return make_llama(tmp_path_factory.mktemp("tiny_llama"), tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def test_ls_names_every_group_and_table(qat):
     code, out, _ = qat("ls")
     assert code == 0
     names = out.split()
-    assert names == [*groups(), "observers", "estimators", "formats", "kernels"]
+    assert names == [*groups(), "sweep", "observers", "estimators", "formats", "kernels"]
     for name in names:
         code, out, _ = qat("ls", name)
         assert code == 0

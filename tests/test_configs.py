@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from qat.cli import compose
-from qat.cli.compose import compose_run, from_yaml, list_group, to_yaml
+from qat.cli.compose import SWEEP, compose_run, from_yaml, list_group, to_yaml
 from qat.config import PhaseConfig, SpecConfig, conf_dir, load_scheme, scheme_from
 from qat.errors import UserError
 from qat.scheme import QuantSpec
 
 PATHS = ["model.path=m", "data.path=d"]
-OPTIONS = sorted((file.parent.name, file.stem) for file in conf_dir().glob("*/*.yaml"))
+OPTIONS = sorted((file.parent.name, file.stem) for file in conf_dir().glob("*/*.yaml") if file.parent.name != SWEEP)
 SCHEMES = sorted(file.stem for file in (conf_dir() / "scheme").glob("*.yaml"))
 
 
@@ -162,7 +162,7 @@ def test_compose_refuses_a_spoiled_group_file(tmp_path, monkeypatch, text, match
 def test_mistake_is_reported_without_importing_the_trainer():
     code = (
         "import sys\n"
-        "from qat.cli.compose import compose_run, list_group\n"
+        "from qat.cli.compose import SWEEP, compose_run, list_group\n"
         "from qat.errors import UserError\n"
         "list_group('schemes')\n"
         "for bad in ('scheme.weight.bit=8', 'optim.lr=-1'):\n"

@@ -84,7 +84,7 @@ def wandb(monkeypatch):
 
 def test_wandb_mirrors_the_numbers(tmp_path, wandb):
     fake = wandb()
-    metrics = Metrics(tmp_path, "offline", "my project", {"seed": 3})
+    metrics = Metrics(tmp_path, "offline", "my project", {"seed": 3}, group="my sweep")
     metrics.write("train", 4, loss=0.5, phase="observe")
     metrics.close()
     metrics.close()
@@ -94,6 +94,9 @@ def test_wandb_mirrors_the_numbers(tmp_path, wandb):
         "dir": str(tmp_path),
         "mode": "offline",
         "config": {"seed": 3},
+        "group": "my sweep",
+        "id": None,
+        "resume": None,
     }
     assert fake.logged == [{"train/loss": 0.5, "step": 4}]
     assert fake.finished == 1

@@ -17,8 +17,10 @@ import yaml
 
 from qat import config as schema
 from qat.cli.compose import compose_run
+from qat.cli.compose_sweep import compose_sweep
 from qat.cli.main import VERBS
 from qat.scheme import QuantSpec
+from qat.sweep import config as sweep
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "qat").rglob("*.py"))
@@ -37,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "scheme"},
     "checks": {"errors", "config"},
     "metrics": {"errors", "progress", "paths"},
-    "report": set(),
+    "report": {"errors"},
     "grid": {"scheme"},
     "estimators": {"scheme", "grid"},
     "packing": {"errors", "scheme", "grid"},
@@ -60,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "paths", "checkpoints"},
     "run_folder": {"errors", "progress", "paths", "config"},
     "export": {"paths", "config", "report", "formats"},
+    "sweep": {"errors", "progress", "paths", "config", "report"},
     "build": {"ranks", "memory", "config", "checks", "metrics", "nn", "insert", "models", "train"},
     "pipeline": {
         *("errors", "ranks", "signals", "progress", "memory", "paths", "config", "metrics", "report", "insert"),
@@ -72,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         *("errors", "signals", "progress", "config", "checks", "report", "estimators", "observers", "kernels"),
         *("formats", "convert"),
-        *("models", "data", "evaluate", "serve", "run_folder", "export", "build", "pipeline", "verify"),
+        *("models", "data", "evaluate", "serve", "run_folder", "export", "sweep", "build", "pipeline", "verify"),
     },
 }
 # Arrows that no later table may draw.
@@ -85,15 +88,11 @@ ONLY_IN = {
     "triton": {"qat/kernels/triton"},
     "wandb": {"qat/metrics.py"},
     "datasets": {"qat/data.py"},
+    "optuna": {"qat/sweep/study.py"},
     "matplotlib": {"qat/report"},
     "transformers": {
-        "qat/models.py",
-        "qat/data.py",
-        "qat/nn/kv.py",
-        "qat/export.py",
-        "qat/serve/stock.py",
-        "qat/serve/rotary.py",
-        "scripts",
+        *("qat/models.py", "qat/data.py", "qat/nn/kv.py", "qat/export.py", "scripts"),
+        *("qat/serve/stock.py", "qat/serve/rotary.py"),
     },
     "gguf": {"qat/models.py", "scripts/random_gguf.py"},
     **{name: {"qat/serve/server.py"} for name in ("starlette", "uvicorn", "prometheus_client")},
@@ -176,6 +175,7 @@ def test_package_is_imported_only_where_it_belongs(package):
     [
         ("qat", ("torch", "numpy", "transformers")),
         ("qat.cli.main", ("torch", "hydra", "omegaconf", "transformers")),
+        ("qat.cli.compose_sweep, qat.sweep.driver, qat.report.sweep", ("torch", "transformers", "optuna")),
         ("qat.serve.load", ("hydra", "omegaconf", "datasets", "matplotlib", "qat.train")),
     ],
 )
@@ -280,7 +280,8 @@ def test_public_things_have_docstrings_and_tensors_have_shapes(file):
 
 
 def config_classes() -> list[ast.ClassDef]:
-    return [node for node in parsed(ROOT / "qat/config.py").body if isinstance(node, ast.ClassDef)]
+    files = ("qat/config.py", "qat/sweep/config.py")
+    return [node for file in files for node in parsed(ROOT / file).body if isinstance(node, ast.ClassDef)]
 
 
 @pytest.mark.parametrize("node", config_classes(), ids=lambda node: node.name)
@@ -315,6 +316,8 @@ def test_every_option_is_read_somewhere():
     assert {field.name for field in dataclasses.fields(schema.SpecConfig)} <= grid_fields
     groups = {field.name: field.default_factory for field in dataclasses.fields(schema.RunConfig)}
     elements = {"rule": schema.RuleConfig, "entry": schema.PhaseConfig, "config": schema.RunConfig}
+    elements |= {"parameter": sweep.ParameterConfig, "objective": sweep.ObjectiveConfig}
+    elements |= {"pruning": sweep.PruningConfig, "self.config": sweep.SweepConfig}
     unread = [
         f"{before}.{field.name}"
         for before, group in {**groups, **elements}.items()
@@ -379,6 +382,8 @@ def test_command_of_a_readme_can_be_typed(file, line):
         paths = [] if any("recipe=" in word for word in overrides) else ["model.path=m", "data.path=d"]
         given = {word.split("=")[0] for word in overrides}
         assert compose_run([*overrides, *(path for path in paths if path.split("=")[0] not in given)])
+    elif words[1] == "sweep":
+        assert compose_sweep(overrides)
     else:
         assert not overrides or words[1] == "evaluate"
     if words[1] == "ls":

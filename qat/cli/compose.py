@@ -8,13 +8,14 @@ Ranges and checks across fields are in `checks.py`. Objects are built from the r
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 import types
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from qat.checks import check
 from qat.config import RunConfig, conf_dir, recipes_dir
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
+T = TypeVar("T")
 RECIPES = "recipes"
 OWN_RECIPE = "own_recipe"
+SWEEP = "sweep"
 TYPES: dict[Any, tuple[str, str]] = {
     int: ("must be a whole number", "Write digits, such as 4."),
     float: ("must be a number", "Write it as 0.1 or 1e-4."),
@@ -37,15 +40,19 @@ TYPES: dict[Any, tuple[str, str]] = {
 VALUES_ONLY = "A configuration holds values only; no object is built from a name in it."
 
 
-def compose_run(overrides: list[str]) -> RunConfig:
+def compose_run(
+    overrides: list[str], more: dict[str, Any] | None = None, composed: dict[str, DictConfig] | None = None
+) -> RunConfig:
     """The checked run that `overrides` describe: `group=option`, `recipe=NAME or FILE.yaml`, `dotted.key=value`.
 
-    The last of several settings of one key counts, with a warning on stderr.
+    The last of several settings of one key counts, with a warning on stderr. `more` holds further settings as values;
+    they win. `composed` keeps what Hydra made of a choice of groups, for callers that compose many runs at once.
 
     Raises:
         UserError: every problem found, before any work.
     """
     given, problems = read_overrides(overrides)
+    given |= more or {}
     choices = {key: value for key, value in given.items() if key in groups()}
     recipe = choices.get(RECIPES)
     if recipe is not None and is_file_name(recipe):
@@ -58,7 +65,11 @@ def compose_run(overrides: list[str]) -> RunConfig:
         content, problems = read_yaml(Path(recipe) if is_file_name(recipe) else recipes_dir() / f"{recipe}.yaml")
     if problems:
         raise UserError(*problems)
-    config = compose_groups(choices, content)
+    composed = {} if composed is None else composed
+    groups_key = str(sorted(choices.items()))
+    if groups_key not in composed:
+        composed[groups_key] = compose_groups(choices, content)
+    config = copy.deepcopy(composed[groups_key])
     for key, value in given.items():
         if key not in choices:
             problems += set_value(config, key, value)
@@ -96,15 +107,19 @@ def to_yaml(config: RunConfig) -> str:
 
 def list_group(group: str) -> list[tuple[str, str]]:
     """Name and one-line description of every option of a group (`scheme`, or as people say it, `schemes`)."""
-    singular = group if group in groups() else group.removesuffix("s")
-    if singular not in groups():
-        raise UserError(problem("group", "must be a folder of conf", f"'{group}'", nearest(group, groups())))
+    known = [*groups(), SWEEP]
+    singular = group if group in known else group.removesuffix("s")
+    if singular not in known:
+        raise UserError(problem("group", "must be a folder of conf", f"'{group}'", nearest(group, known)))
     return [(file.stem, first_comment(file)) for file in options(singular)]
 
 
 def groups() -> list[str]:
-    """The names of all groups: the folders of conf/, and recipes."""
-    return [*sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir()), RECIPES]
+    """The names of a run's groups: the folders of conf/ but for sweep, and recipes."""
+    return [
+        *sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir() and folder.name != SWEEP),
+        RECIPES,
+    ]
 
 
 def options(group: str) -> list[Path]:
@@ -123,7 +138,7 @@ def is_file_name(recipe: object) -> bool:
     return isinstance(recipe, str) and ("/" in recipe or recipe.endswith((".yaml", ".yml")))
 
 
-def read_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+def read_overrides(overrides: list[str], schema: type = RunConfig) -> tuple[dict[str, Any], list[str]]:
     """Key -> value in the order given, and a line for everything that cannot be read or is not a known key."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -151,7 +166,7 @@ def read_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
                 problems.append(problem(text, "must set one value", "a deletion or several values", fix))
                 continue
             value = override.value()
-            found, hint = find(key)
+            found, hint = find(key, schema)
             if found is None:
                 problems.append(problem(key, "must be a setting", "an unknown key", hint))
                 continue
@@ -162,11 +177,11 @@ def read_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-def find(key: str) -> tuple[Any, str]:
+def find(key: str, schema: type = RunConfig) -> tuple[Any, str]:
     """The type of a dotted key in the schema, or None and a hint at the nearest known key."""
     if key == RECIPES:
         return str, ""
-    here: Any = RunConfig
+    here: Any = schema
     parts = key.split(".")
     for i, part in enumerate(parts):
         here = without_none(here)
@@ -175,15 +190,15 @@ def find(key: str) -> tuple[Any, str]:
             continue
         known = get_type_hints(here) if is_dataclass(here) else {}
         if part not in known:
-            return None, VALUES_ONLY if part == "_target_" else hint_for(parts[:i], part, list(known))
+            return None, VALUES_ONLY if part == "_target_" else hint_for(parts[:i], part, list(known), schema)
         here = known[part]
     return here, ""
 
 
-def hint_for(path: list[str], part: str, siblings: list[str]) -> str:
+def hint_for(path: list[str], part: str, siblings: list[str], schema: type) -> str:
     """The same name elsewhere in the schema, else the nearest name at this place."""
     prefix = "".join(f"{name}." for name in path)
-    elsewhere = [key for key in all_keys(RunConfig, "") if key.endswith(f".{part}")]
+    elsewhere = [key for key in all_keys(schema, "") if key.endswith(f".{part}")]
     if elsewhere:
         return f"Did you mean '{next((key for key in elsewhere if key.startswith(prefix)), elsewhere[0])}'?"
     if not siblings:
@@ -219,7 +234,7 @@ def option_problems(group: str, option: Any) -> list[str]:
     return [problem(group, f"must be a file in {'' if group == RECIPES else 'conf/'}{group}", f"'{option}'", fix)]
 
 
-def read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
+def read_yaml(file: Path, schema: type = RunConfig) -> tuple[dict[str, Any], list[str]]:
     """A file's content, and a line for every key or value in it that does not fit the schema."""
     import yaml
     from omegaconf import OmegaConf
@@ -233,10 +248,10 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [problem(str(file), "must be a readable YAML file", reason, "Check the path.")]
     if not isinstance(content, dict):
         return {}, [problem(str(file), "must hold key: value lines", "something else", "See recipes/tiny.yaml.")]
-    scratch = OmegaConf.structured(RunConfig)
+    scratch = OmegaConf.structured(schema)
     problems = []
     for key, value in leaves({k: v for k, v in content.items() if k != "defaults"}, ""):
-        problems += set_value(scratch, key, value, f"{file}: ")
+        problems += set_value(scratch, key, value, f"{file}: ", schema)
     return cast("dict[str, Any]", content), problems
 
 
@@ -250,27 +265,27 @@ def leaves(content: dict, prefix: str) -> list[tuple[str, Any]]:
     return found
 
 
-def unknown_keys(key: str, value: Any) -> list[str]:
+def unknown_keys(key: str, value: Any, schema: type) -> list[str]:
     """Every dotted key in `key: value` that the schema has not, inside lists too."""
-    if find(key)[0] is None:
+    if find(key, schema)[0] is None:
         return [key]
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [
         bad
         for name, part in parts
         if isinstance(part, dict | list) or isinstance(value, dict)
-        for bad in unknown_keys(f"{key}.{name}", part)
+        for bad in unknown_keys(f"{key}.{name}", part, schema)
     ]
 
 
-def set_value(config: DictConfig, key: str, value: Any, file: str = "") -> list[str]:
+def set_value(config: DictConfig, key: str, value: Any, file: str = "", schema: type = RunConfig) -> list[str]:
     """Set one dotted key; a line for whatever prevents it, naming the `file` the value came from."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    unknown = unknown_keys(key, value)
+    unknown = unknown_keys(key, value, schema)
     if unknown:
-        return [problem(f"{file}{bad}", "must be a setting", "an unknown key", find(bad)[1]) for bad in unknown]
+        return [problem(f"{file}{bad}", "must be a setting", "an unknown key", find(bad, schema)[1]) for bad in unknown]
     try:
         if any(part.isdigit() for part in key.split(".")):
             OmegaConf.update(config, key, value)
@@ -280,14 +295,14 @@ def set_value(config: DictConfig, key: str, value: Any, file: str = "") -> list[
                 nested = {part: nested}
             config.merge_with(nested)
     except OmegaConfBaseException as error:
-        return [misfit(key, value, error, file)]
+        return [misfit(key, value, error, file, schema)]
     return []
 
 
-def misfit(key: str, value: Any, error: OmegaConfBaseException, file: str = "") -> str:
+def misfit(key: str, value: Any, error: OmegaConfBaseException, file: str = "", schema: type = RunConfig) -> str:
     """A line for a known key whose value has the wrong type."""
     exact = re.sub(r"\[(\d+)\]", r".\1", error.full_key or key)
-    hint = find(exact)[0] or find(key)[0]
+    hint = find(exact, schema)[0] or find(key, schema)[0]
     inner = without_none(hint)
     wanted, fix = TYPES.get(get_origin(inner) or inner, ("must be a group of settings", f"Set {exact}.FIELD=VALUE."))
     if exact in groups():
@@ -349,8 +364,17 @@ def composition_problem(error: Exception) -> str:
     return problem("defaults", "must compose", f'"{first}"', fix)
 
 
-def settle(config: DictConfig) -> RunConfig:
+def settle(config: Any) -> RunConfig:
     """The composed values through the schema once more, complete and checked."""
+    run = to_object(config, RunConfig)
+    problems = check(run)
+    if problems:
+        raise UserError(*problems)
+    return run
+
+
+def to_object(config: Any, schema: type[T]) -> T:
+    """The `schema` that composed values fill; UserError for what is missing or does not resolve."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -358,13 +382,9 @@ def settle(config: DictConfig) -> RunConfig:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise UserError(*(problem(key, "must be given", "nothing", f"Add {key}=VALUE.") for key in missing))
-        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), config))
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
         first = str(error).partition("\n")[0]
         fix = "Refer to keys of the run only, such as ${name}."
         raise UserError(problem(error.full_key or "configuration", "must resolve", f"'{first}'", fix)) from None
-    assert isinstance(run, RunConfig)
-    problems = check(run)
-    if problems:
-        raise UserError(*problems)
-    return run
+    return cast("T", made)

@@ -1,4 +1,4 @@
-"""What can be chosen: groups of conf/ (schemes, models, data, recipes, ...), and the tables in code (observers,
+"""What can be chosen: groups of conf/ (schemes, models, data, recipes, sweeps, ...), and the tables in code (observers,
 estimators, formats, kernels). Without a name, all names.
 
   qat ls            qat ls schemes            qat ls recipes
@@ -18,10 +18,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print names with one line each."""
-    from qat.cli.compose import groups, list_group
+    from qat.cli.compose import SWEEP, groups, list_group
 
     tables = {"observers": _observers, "estimators": _estimators, "formats": _formats, "kernels": _kernels}
-    known = [*groups(), *tables]
+    known = [*groups(), SWEEP, *tables]
     if args.what in (None, "groups"):
         for name in known:
             print(name)

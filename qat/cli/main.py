@@ -22,6 +22,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("qat.cli.plan", "Dry run: what every layer gets, bits per weight, memory, and every error at once"),
     "train": ("qat.cli.train", "A whole run: load, calibrate, train, evaluate, export, verify, report"),
     "resume": ("qat.cli.resume", "Go on with a run that stopped, bit for bit"),
+    "sweep": ("qat.cli.sweep", "Many runs of one recipe: search or grid, stopped early where hopeless, resumable"),
+    "report": ("qat.cli.report", "Make the report of a run or a sweep again"),
     "evaluate": ("qat.cli.evaluate", "Perplexity of a run (fake and packed) or of an export folder"),
     "export": ("qat.cli.export", "Pack a finished run again"),
     "verify": ("qat.cli.verify", "Prove that an export holds the codes of training"),

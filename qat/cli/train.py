@@ -3,6 +3,7 @@
 
   qat train recipe=smollm2_quickstart
   qat train model.path=FOLDER data=text data.path=FILE.txt scheme=w4a16_g64 name=mine
+  qat train --config-file runs/mine/resolved.yaml name=again
   torchrun --nproc-per-node=2 -m qat.cli.main train recipe=... trainer=ddp
 """
 
@@ -20,17 +21,21 @@ if TYPE_CHECKING:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Overrides and --cfg."""
+    """Overrides, or a whole run in a file, and --cfg."""
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="run what a resolved.yaml says, with dotted.key=value set anew"
+    )
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compose, check, train; the last lines are the table, the verdict, the folder and what to type next."""
-    from qat.cli.compose import compose_run, to_yaml
+    from qat.cli.compose import compose_run, from_yaml, to_yaml
     from qat.run_folder import check_free
 
-    config = compose_run(args.overrides)
+    given = args.overrides
+    config = from_yaml(args.config_file, given) if args.config_file else compose_run(given)
     resolved = to_yaml(config)
     if args.cfg:
         print(resolved)

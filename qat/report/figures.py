@@ -86,7 +86,7 @@ def draw_perplexity(record: RunRecord) -> Figure | None:
     if far_apart:
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 1.5, max(values) * 3)
-        _log_axis(axes.xaxis)
+        log_axis(axes.xaxis)
         axes.scatter(values, places, s=90, c=colors, zorder=3)
     else:
         axes.barh(places, values, color=colors, height=0.68)
@@ -120,7 +120,7 @@ def draw_loss(record: RunRecord) -> Figure | None:
             axes.plot(at, values, dash, color=color, linewidth=1.2, label={"kl": "KL to teacher", "ce": "CE"}[key])
     if min(losses) > 0 and max(losses) / min(losses) > 10:
         axes.set_yscale("log")
-        _log_axis(axes.yaxis)
+        log_axis(axes.yaxis)
     _mark_phases(axes, record)
     axes.set_ylabel("Loss (nats per token)")
     axes.set_title("Training loss")
@@ -247,7 +247,7 @@ def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("Optimizer step")
 
 
-def _log_axis(axis: Axis) -> None:
+def log_axis(axis: Axis) -> None:
     """Plain numbers instead of powers of ten: at 1, 2 and 5, or at 1 only when there are many decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

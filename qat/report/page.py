@@ -6,14 +6,16 @@ section whose file is missing says "not run". How numbers are written is in `tab
 
 from __future__ import annotations
 
-import base64
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from qat.report.figures import write_figures
+from qat.report.html import NOT_RUN, write_page
+from qat.report.html import details as _details
+from qat.report.html import image as _image
+from qat.report.html import table as _table
 from qat.report.record import RunRecord, is_number, read_run
 from qat.report.table import (
     HEADER,
@@ -27,28 +29,6 @@ from qat.report.table import (
     result_rows,
     warnings,
 )
-
-NOT_RUN = '<p class="quiet">not run</p>'
-CSS = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --quiet: #5d5d5d; --line: #d9d9d9; --soft: #f4f4f4;
-  --warn-ink: #7a1c00; --warn-paper: #fdece6; --warn-line: #d55e00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #17181a; --quiet: #a5a5a5; --line: #3a3c40;
-  --soft: #222427; --warn-ink: #ffd2c0; --warn-paper: #43190a; --warn-line: #d55e00; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0.2rem; } h2 { margin-top: 2.4rem; border-bottom: 1px solid var(--line); }
-.quiet { color: var(--quiet); margin: 0.3rem 0; } .scroll { overflow-x: auto; }
-.warning { color: var(--warn-ink); background: var(--warn-paper); border-left: 6px solid var(--warn-line);
-  padding: 0.7rem 1rem; margin: 1rem 0; font-weight: 600; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.8rem 0; }
-th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-th { font-weight: 600; } .number { text-align: right; } .strong td { font-weight: 700; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; display: block; margin: 1rem 0; }
-pre { background: var(--soft); padding: 0.8rem 1rem; border-radius: 6px; white-space: pre-wrap;
-  overflow-wrap: anywhere; font-size: 0.85rem; }
-summary { cursor: pointer; }
-"""
 
 
 def write_report(run: Path) -> Path:
@@ -68,18 +48,7 @@ def write_report(run: Path) -> Path:
         ("Configuration", NOT_RUN if record.config is None else f"<pre>{escape(record.config)}</pre>"),
         ("Manifest", _manifest(record)),
     )
-    name = escape(run.resolve().name)
-    body = "".join(f"<section><h2>{title}</h2>\n{content}</section>\n" for title, content in sections)
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>QAT run {name}</title><style>{CSS}</style></head>\n"
-        f"<body>\n{_warnings(record)}<h1>QAT run {name}</h1>\n{body}</body></html>\n"
-    )
-    path, beside = run / "report.html", run / "report.html.tmp"
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
-    return path
+    return write_page(run / "report.html", f"QAT run {run.resolve().name}", sections, _warnings(record))
 
 
 def _warnings(record: RunRecord) -> str:
@@ -203,38 +172,6 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterable[tuple[str, objec
             yield from _flat(value, f"{before}{key}.")
         else:
             yield f"{before}{key}", value
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]], strong: Sequence[bool] = ()) -> str:
-    """An HTML table, every cell escaped; a column is set right when all its cells look like numbers."""
-    texts = [[MISSING if cell is None else str(cell) for cell in row] for row in rows]
-    right = [
-        place > 0 and all(_looks_like_number(row[place]) for row in texts) and bool(texts)
-        for place in range(len(header))
-    ]
-
-    def line(row: Sequence[str], tag: str) -> str:
-        marks = (' class="number"' if is_right else "" for is_right in right)
-        return "".join(f"<{tag}{m}>{escape(cell)}</{tag}>" for m, cell in zip(marks, row, strict=True))
-
-    lines = [f"<tr>{line(header, 'th')}</tr>\n"]
-    for place, row in enumerate(texts):
-        mark = ' class="strong"' if place < len(strong) and strong[place] else ""
-        lines.append(f"<tr{mark}>{line(row, 'td')}</tr>\n")
-    return f'<div class="scroll"><table>\n{"".join(lines)}</table></div>\n'
-
-
-def _looks_like_number(text: str) -> bool:
-    return text in (MISSING, "not finite") or text.replace(",", "").replace(".", "").rstrip("%").isdigit()
-
-
-def _image(name: str, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="Figure: {name.replace("_", " ")}" src="data:image/png;base64,{data}">\n'
-
-
-def _details(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>\n{content}</details>\n"
 
 
 def _name(entry: dict[str, Any]) -> str:

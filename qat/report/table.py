@@ -155,7 +155,7 @@ def cells(row: ResultRow) -> tuple[str, ...]:
 
 def markdown_table(results: dict[str, Any]) -> str:
     """The result table in Markdown, ending in a newline."""
-    return _markdown(HEADER, [cells(row) for row in result_rows(results)])
+    return markdown(HEADER, [cells(row) for row in result_rows(results)])
 
 
 def summary_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -173,7 +173,7 @@ def summary_table(runs: Sequence[dict[str, Any]]) -> str:
         bits = number_text(rows["packed"].bits_per_weight, ".2f")
         lines.append((f"`{results['recipe']}`", str(results.get("seed", MISSING)), bits, *values, recovery, size))
     header = ("Recipe", "Seed", "Bits / weight", "Float", "Control", "RTN of control", "QAT packed", "Recovery", "MB")
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def bench_table(bench: dict[str, Any]) -> str:
@@ -186,7 +186,7 @@ def bench_table(bench: dict[str, Any]) -> str:
         lines.append((row["name"], str(row["threads"]), seconds, ratio, f"{low:.2f} – {high:.2f}", memory, share))
     header = ("Step", "Threads", "Median s", "× plain", "spread", "Peak GiB", "× plain")
     where = f"{bench['machine']}; torch {bench['torch']}; {bench['tokens']} tokens per step."
-    return f"{_markdown(header, lines)}\n{where}\n"
+    return f"{markdown(header, lines)}\n{where}\n"
 
 
 def decode_table(bench: dict[str, Any]) -> str:
@@ -211,9 +211,9 @@ def decode_table(bench: dict[str, Any]) -> str:
         ]
 
     header = ("Contender", "Threads", "Decode tok/s", "at 1024", "Prefill tok/s", "MB / token", "of read bandwidth")
-    text = _markdown(header, lines(bench["rows"]))
+    text = markdown(header, lines(bench["rows"]))
     if bench.get("busy_rows"):
-        text += "\nWith another process keeping one core busy:\n\n" + _markdown(header, lines(bench["busy_rows"]))
+        text += "\nWith another process keeping one core busy:\n\n" + markdown(header, lines(bench["busy_rows"]))
     return f"{text}\n{_bench_note(bench)}\n"
 
 
@@ -233,7 +233,7 @@ def ops_table(bench: dict[str, Any]) -> str:
         for row in bench["rows"]
     ]
     header = ("Op", "Contender", "Threads", "Rows", "Median µs", "spread", "GB/s", "of read bandwidth")
-    return f"{_markdown(header, lines)}\n{_bench_note(bench)}\n"
+    return f"{markdown(header, lines)}\n{_bench_note(bench)}\n"
 
 
 def kv_table(bench: dict[str, Any]) -> str:
@@ -289,7 +289,8 @@ def _different(parity: dict[str, Any]) -> list[dict[str, Any]]:
     return [tensor for tensor in parity.get("tensors") or [] if differs(tensor)]
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table ending in a newline: the first column on the left, the others on the right."""
     ruler = [":---"] + ["---:"] * (len(header) - 1)
     lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ruler, *lines[1:]))

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "checkpoint": {"errors", "paths", "checkpoints"},
     "run_folder": {"errors", "progress", "paths", "config"},
+    "cluster": {"errors", "paths", "config"},
     "export": {"paths", "config", "report", "formats"},
     "build": {"ranks", "memory", "config", "checks", "metrics", "nn", "insert", "models", "train"},
     "pipeline": {
@@ -70,9 +71,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("build", "pipeline"),
     },
     "cli": {
-        *("errors", "signals", "progress", "config", "checks", "report", "estimators", "observers", "kernels"),
-        *("formats", "convert"),
-        *("models", "data", "evaluate", "serve", "run_folder", "export", "build", "pipeline", "verify"),
+        *("errors", "signals", "progress", "config", "checks", "scaling", "report", "estimators", "observers"),
+        *("kernels", "formats", "convert", "models", "data", "evaluate", "serve", "run_folder", "cluster", "export"),
+        *("build", "pipeline", "verify"),
     },
 }
 # Arrows that no later table may draw.
@@ -96,6 +97,7 @@ ONLY_IN = {
         "scripts",
     },
     "gguf": {"qat/models.py"},
+    "submitit": {"qat/cluster/submit.py"},
     **{name: {"qat/serve/server.py"} for name in ("starlette", "uvicorn", "prometheus_client")},
     "pickle": set(),
 }

@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("qat.cli.plan", "Dry run: what every layer gets, bits per weight, memory, and every error at once"),
     "train": ("qat.cli.train", "A whole run: load, calibrate, train, evaluate, export, verify, report"),
     "resume": ("qat.cli.resume", "Go on with a run that stopped, bit for bit"),
+    "submit": ("qat.cli.submit", "The same run as a job of a cluster (SLURM), preempted and requeued without loss"),
     "evaluate": ("qat.cli.evaluate", "Perplexity of a run (fake and packed) or of an export folder"),
     "export": ("qat.cli.export", "Pack a finished run again"),
     "verify": ("qat.cli.verify", "Prove that an export holds the codes of training"),
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        for line in error.problems:
+        for line in () if error.told_elsewhere else error.problems:
             print(f"error: {line}", file=sys.stderr)
         return 2 if error.before_work else 1
     except signals.Stopped as stopped:

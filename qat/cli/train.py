@@ -9,53 +9,43 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 from qat.errors import UserError, problem
-
-if TYPE_CHECKING:
-    from qat.config import RunConfig
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Overrides and --cfg."""
+    """Overrides, or a file with the whole run, and --cfg."""
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--config-file", type=Path, help="a whole run, as --cfg prints it and resolved.yaml holds it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compose, check, train; the last lines are the table, the verdict, the folder and what to type next."""
-    from qat.cli.compose import compose_run, to_yaml
+    from qat.cli.compose import compose_run, from_yaml, to_yaml
+    from qat.cluster.agreement import check_layout, join
+    from qat.progress import is_main
     from qat.run_folder import check_free
 
-    config = compose_run(args.overrides)
+    if args.config_file and args.overrides:
+        fix = "Change the file, or give the overrides alone."
+        raise UserError(problem("--config-file", "holds the whole run", " ".join(args.overrides), fix))
+    config = from_yaml(args.config_file) if args.config_file else compose_run(args.overrides)
     resolved = to_yaml(config)
     if args.cfg:
         print(resolved)
         return 0
-    check_processes(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    check_layout(config)
+    if is_main():
         check_free(Path(config.runs_dir) / config.name, config.overwrite)
+    join(config)
 
     from qat import pipeline
-    from qat.progress import is_main
 
     folder = pipeline.run(config, resolved)
     if is_main():
         show(folder, config.export.format)
     return 0
-
-
-def check_processes(config: RunConfig) -> None:
-    """Refuse a job whose launcher started another number of processes than the configuration says."""
-    world = config.trainer.devices * config.trainer.nodes
-    if world != int(os.environ.get("WORLD_SIZE", "1")):
-        fix = f"Start it with: torchrun --nproc-per-node={config.trainer.devices} -m qat.cli.main train ..."
-        started = os.environ.get("WORLD_SIZE", "1")
-        wanted = f"needs {world} processes"
-        raise UserError(problem("trainer.devices * trainer.nodes", wanted, started, fix))
 
 
 def show(run_folder: Path, export_format: str) -> None:

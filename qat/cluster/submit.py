@@ -1,6 +1,6 @@
 """A run as a job: the batch script, written and handed to SLURM (or to a process of this machine) by submitit.
 
-    submit(config, resolved) --srun on each machine--> python -m qat.cluster (node.py) --> torchrun --> qat train | resume
+    submit(config, resolved) --srun on each machine--> python -m qat.cluster (node.py) -> torchrun -> qat train | resume
 
 The run folder has a fixed name, so a job that is queued again finds itself. Logs, script and configuration are in
 runs_dir/.jobs/NAME. submitit sees a plain command: nothing is pickled, and only node.py answers signals and requeues.
@@ -123,6 +123,7 @@ def parameters(config: RunConfig) -> dict[str, Any]:
         "time": cluster.time_minutes,
         "nodes": trainer.nodes,
         "ntasks_per_node": 1,
+        "wckey": None,
         **gpus,
         **{name: value for name, value in asked.items() if value is not None},
         "stderr_to_stdout": True,

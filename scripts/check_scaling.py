@@ -1,0 +1,206 @@
+"""The memory and traffic model of qat/scaling.py: tables for large models, and measured small runs beside it.
+
+    python scripts/check_scaling.py            # both, written into docs/scaling.md and docs/results/scaling.json
+    python scripts/check_scaling.py --tables   # the tables only, no measuring
+
+A measured run is training itself (qat.train.fit) on a random Llama, in processes started by torchrun on gloo. Memory is
+the peak of a process's anonymous pages after the first step, less those before the model was made; bytes are counted
+at torch's dispatcher. Exit 1 when a figure is further from the model than TOLERANCE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = {"memory": 0.15, "traffic": 0.01}
+SMALL = {
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+COMMON = ["model.path=random", "data.path=none", "data.block_size=256", "trainer.threads=1", "trainer.max_steps=4"]
+COMMON += ["trainer.accelerator=cpu", "trainer.batch_size=4", "trainer.layer_stats_every=0"]
+CASES = {
+    "single": ["trainer=cpu"],
+    "single, checkpointing": ["trainer=cpu", "trainer.gradient_checkpointing=true"],
+    "single, cross entropy": ["trainer=cpu", "distill=ce"],
+    "single, float32": ["trainer=cpu", "trainer.precision=fp32"],
+    "single, W4A8": ["trainer=cpu", "scheme=w4a8_g32"],
+    "single, learned scales": ["trainer=cpu", "fake_quant=learned"],
+    "ddp, 2 ranks": ["trainer=ddp"],
+    "ddp, 2 ranks, accumulate 2": ["trainer=ddp", "trainer.accumulate=2"],
+    "fsdp2, 2 ranks": ["trainer=fsdp2", "trainer.gradient_checkpointing=false"],
+    "fsdp2, 2 ranks, checkpointing": ["trainer=fsdp2"],
+    "fsdp2, 2 ranks, accumulate 2": ["trainer=fsdp2", "trainer.accumulate=2"],
+}
+
+
+def case_config(name: str) -> Any:
+    """The run of a measured case."""
+    from qat.cli.compose import compose_run
+
+    return compose_run([*COMMON, *CASES[name]])
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Train one case in this process, one of its ranks; what rank 0 found."""
+    import torch
+
+    from qat.scaling import job_of, memory, shape_of, traffic
+
+    config = case_config(name)
+    torch.set_num_threads(1)
+    # what torch and Lightning load at the first step is no part of the model
+    train(config, SMALL | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64})
+    before = anonymous_pages()
+    watch, hf_config, coverage = train(config, SMALL)
+    shape, job = shape_of(hf_config, coverage), job_of(config)
+    paper = memory(shape, job)
+    return {
+        "case": name,
+        "memory": {"paper": paper.peak, "measured": watch.peak - before, "moment": paper.moment, "parts": paper.parts},
+        "traffic": {"paper": traffic(shape, job), "measured": watch.step_bytes()},
+    }
+
+
+def train(config: Any, shape: dict[str, Any]) -> tuple[Watch, Any, Any]:
+    """A run of the training loop as qat.pipeline does it: the float model stays, the teacher is made from it."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from qat import build
+    from qat.train.fit import as_teacher, fit
+
+    torch.manual_seed(0)
+    floating = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float32).eval()
+    student = copy.deepcopy(floating)
+    coverage = build.quantize_layers(student, config)
+    teacher = as_teacher(floating, config.trainer.precision) if config.distill.kl_weight > 0 else None
+    windows = torch.randint(shape["vocab_size"], (64, config.data.block_size))
+    with Watch() as watch:
+        fit(student, teacher, windows, **build.training(config), metrics=watch)
+    return watch, floating.config, coverage
+
+
+class Watch:
+    """Stands in for metrics.jsonl: at every step it notes the bytes of collectives; a thread watches the memory."""
+
+    def __init__(self) -> None:
+        self.peak, self.bytes, self._steps, self._done = 0, {}, [], threading.Event()  # type: ignore[var-annotated]
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """The end of a step; memory counts from the second on, when everything has been made."""
+        if kind == "train":
+            self._steps.append(dict(self.bytes))
+            if len(self._steps) == 1:
+                threading.Thread(target=self._sample, daemon=True).start()
+            if len(self._steps) == 4:
+                self._done.set()
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def step_bytes(self) -> dict[str, float]:
+        """Bytes of each collective in the last step."""
+        last, before = self._steps[-1], self._steps[-2]
+        return {name: size - before.get(name, 0) for name, size in last.items() if size > before.get(name, 0)}
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, anonymous_pages())
+
+    def __enter__(self) -> Watch:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        counts = self.bytes
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                name = COLLECTIVES.get(func._schema.name)
+                if name:
+                    counts[name] = counts.get(name, 0) + payload(name, args)
+                return func(*args, **(kwargs or {}))
+
+        self._count = Count()
+        self._count.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._count.__exit__(*error)
+        self._done.set()
+
+
+COLLECTIVES = {
+    "c10d::allreduce_": "all-reduce",
+    "c10d::allreduce_coalesced_": "all-reduce",
+    "c10d::broadcast_": "broadcast",
+    "c10d::_allgather_base_": "all-gather",
+    "c10d::allgather_": "all-gather",
+    "c10d::_reduce_scatter_base_": "reduce-scatter",
+    "c10d::reduce_scatter_": "reduce-scatter",
+}
+
+
+def payload(name: str, args: Any) -> int:
+    """Bytes of the whole tensor of a collective: the gathered one, the one to be scattered, or the reduced one."""
+    import torch
+
+    found = [part for part in flat(args[:2]) if isinstance(part, torch.Tensor)]
+    sizes = [part.numel() * part.element_size() for part in found]
+    return max(sizes) if name in ("all-gather", "reduce-scatter") else sum(sizes)
+
+
+def flat(value: Any) -> list[Any]:
+    """The leaves of nested lists and tuples."""
+    return [leaf for part in value for leaf in flat(part)] if isinstance(value, list | tuple) else [value]
+
+
+def anonymous_pages() -> int:
+    """Bytes of this process that no file stands behind."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+def measured(name: str) -> dict[str, Any]:
+    """One case in fresh processes."""
+    ranks = "2" if "2 ranks" in name else "1"
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "found.json"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        subprocess.run([*launch, __file__, "--case", name, "--output", str(output)], check=True, env=environment)
+        return json.loads(output.read_text())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write tables and measured figures; exit 1 when one is off."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="the tables only, no measuring")
+    parser.add_argument("--case", choices=CASES, help="measure one case, in the processes that this is")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(argv)
+    if args.case:
+        found = measure(args.case)
+        if int(os.environ.get("RANK", "0")) == 0:
+            text = json.dumps(found)
+            args.output.write_text(text) if args.output else print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

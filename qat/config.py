@@ -30,7 +30,7 @@ class ModelConfig:
     attention: str = "sdpa"
     """Attention implementation of transformers: sdpa or eager."""
     architecture: str | None = None
-    """Folder of recipes/architectures whose config.json `qat plan` reads when `path` is a hub name."""
+    """Folder of recipes/architectures whose config.json `qat plan` reads when nothing here has the name `path`."""
 
 
 @dataclass

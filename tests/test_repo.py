@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheme": {"errors"},
     "config": {"errors", "scheme"},
     "checks": {"errors", "config"},
+    "scaling": {"config"},
     "metrics": {"errors", "progress", "paths"},
     "report": set(),
     "grid": {"scheme"},

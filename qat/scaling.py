@@ -2,12 +2,13 @@
 
     peak = what is always there + the largest of three moments: the loss, backward of the head, the end of backward
 
-P weights, L decoder blocks of B weights, R = P - L B the rest (tables, head, last norm), n ranks. Bytes of one rank:
+P weights, n ranks; units of FSDP2 are the decoder blocks, an untied token table, and the rest. Bytes of rank 0:
 
     float32 weights 4P, Adam moments 8P, gradients 4P      divided by n under FSDP2
+    teacher, in the matmul's type                          divided by n under FSDP2
     buckets 4P                                             DDP's copy of the gradients
-    teacher                                                whole on every rank under every strategy
     scales and zero points 8 each                          buffers, whole on every rank
+    float model, rank 0's whole copies                     in main memory, which on a CPU is the same
 
 No torch here; `scripts/check_scaling.py` compares with measured runs.
 Source of the shapes of all-gather and reduce-scatter: ZeRO stage 3 (arXiv:1910.02054).
@@ -50,9 +51,14 @@ class ModelShape:
         return self.vocabulary * self.hidden
 
     @property
+    def own_table(self) -> int:
+        """Weights of the token table where it is a unit of its own, 0 when the head is tied to it."""
+        return 0 if self.tied else self.table
+
+    @property
     def rest(self) -> int:
-        """Weights outside the decoder blocks: one FSDP2 unit."""
-        return self.weights - self.blocks * self.block_weights
+        """Weights of the last FSDP2 unit: head, last norm, a tied table."""
+        return self.weights - self.blocks * self.block_weights - self.own_table
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank: what is always there, what exists at each moment, and main memory while loading."""
+    """Bytes of rank 0: what is always there, what exists at each moment, and main memory while loading onto a GPU.
+
+    Under FSDP2 the other ranks load nothing.
+    """
 
     always: dict[str, float]
     moments: dict[str, dict[str, float]]
@@ -171,22 +180,25 @@ def side_by_side(job: Job) -> list[Job]:
 def memory(shape: ModelShape, job: Job) -> Memory:
     """Bytes of one rank while training."""
     weights, head = shape.weights, shape.table
-    copy = FLOAT32 * weights
+    copy, whole_teacher = FLOAT32 * weights, teacher(shape, job)
     gradients = copy / job.shards
     sharded = job.strategy == "fsdp2"
-    rest, block = FLOAT32 * shape.rest, FLOAT32 * shape.block_weights
+    rest, table, block = (FLOAT32 * unit for unit in (shape.rest, shape.own_table, shape.block_weights))
+    scales = (8 + (16 / job.shards if job.learned else 0)) * shape.scales
+    # every model on its way to a device: the float one, the student, the teacher
+    host = 2 * copy + whole_teacher
     always = {
         "float32 weights": copy / job.shards,
         "Adam moments": 2 * copy / job.shards,
         "DDP buckets": copy if job.strategy == "ddp" else 0.0,
-        "teacher": teacher(shape, job),
-        "scales, zero points": (8 + (16 / job.shards if job.learned else 0)) * shape.scales,
+        "teacher": whole_teacher / job.shards,
+        "teacher's head": head_of_teacher(shape, job) if sharded else 0.0,
+        "scales, zero points": scales,
         "CUDA context": CONTEXT if job.on_gpu else 0.0,
     }
-    host = copy + (copy if sharded else 0.0)
     if not job.on_gpu:
-        # the float model, which the run is scored against, and the place where FSDP2 puts the whole model together
-        always["float model, template"] = host
+        # the run is scored against the float model; FSDP2 deals out from whole models that rank 0 keeps
+        always["float model, whole copies"] = host + scales if sharded else copy
     activations, kept = activations_of(shape, job)
     # gradient of the head in float32, then the logits of a chunk, or that gradient scaled and cast
     hidden = 3.0 * FLOAT32 * job.tokens * shape.hidden
@@ -203,22 +215,27 @@ def memory(shape: ModelShape, job: Job) -> Memory:
         "gradients": gradients if job.accumulate > 1 else 0.0,
         "head gradient, logits": 10.0 * head + hidden,
     }
-    # params, gradients and the input of reduce-scatter of the last unit; before it, two blocks and one in flight
-    gathered = max(3 * rest, rest + FLOAT32 * head + 5 * block) if sharded else 0.0
+    # of the unit that backward ends with: weights, gradients, and the input of reduce-scatter; the rest waits, gathered
+    gathered = max(2 * rest + 3 * table, 3 * rest, rest + FLOAT32 * head + 5 * block) if sharded else 0.0
     at_end = {
         "gradients": gradients,
         "gathered weights": gathered,
         "fake-quantized weights": kept if job.fused else 0.0,
     }
-    loaded = host + copy + teacher(shape, job) if job.on_gpu else 0.0
-    return Memory(always, {"loss": at_loss, "backward of the head": at_head, "end of backward": at_end}, loaded)
+    moments = {"loss": at_loss, "backward of the head": at_head, "end of backward": at_end}
+    return Memory(always, moments, host if job.on_gpu else 0.0)
 
 
 def teacher(shape: ModelShape, job: Job) -> float:
-    """Bytes of the float model that is distilled from: linear layers in the matmul's type, the table in float32."""
+    """Bytes of the whole float model that is distilled from: matmuls in their type, the table in float32."""
     if not job.teacher:
         return 0.0
     return job.width * (shape.weights - shape.table) + FLOAT32 * shape.table
+
+
+def head_of_teacher(shape: ModelShape, job: Job) -> float:
+    """Bytes of the teacher's head, which FSDP2 leaves gathered for the loss."""
+    return shape.table * (FLOAT32 if shape.tied else job.width) if job.teacher else 0.0
 
 
 def activations_of(shape: ModelShape, job: Job) -> tuple[float, float]:
@@ -250,15 +267,16 @@ def traffic(shape: ModelShape, job: Job) -> dict[str, float]:
     if job.ranks == 1:
         return {}
     if job.strategy == "ddp":
-        return {"all-reduce": copy, "broadcast": 8.0 * shape.scales}
-    blocks = copy - rest
-    # blocks are gathered for forward and again for backward, the rest once; gradients leave after every backward pass
-    return {"all-gather": job.accumulate * (2 * blocks + rest), "reduce-scatter": float(job.accumulate * copy)}
+        return {"all-reduce": copy}
+    # units are gathered for forward and again for backward, the last one once, the teacher for its forward pass
+    gathered = 2 * (copy - rest) + rest + teacher(shape, job)
+    # gradients leave after every backward pass, also in the middle of a step
+    return {"all-gather": job.accumulate * gathered, "reduce-scatter": float(job.accumulate * copy)}
 
 
 def sent(traffic_bytes: dict[str, float], ranks: int) -> float:
     """Bytes that one rank sends in a step when collectives are rings: all-reduce goes around twice."""
-    rounds = {"all-reduce": 2, "broadcast": 1, "all-gather": 1, "reduce-scatter": 1}
+    rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
     return sum(rounds[name] * size for name, size in traffic_bytes.items()) * (ranks - 1) / ranks
 
 

@@ -59,10 +59,12 @@ def measure(name: str) -> dict[str, Any]:
     """Train one case in this process, one of its ranks; what rank 0 found."""
     import torch
 
+    from qat import ranks
     from qat.scaling import job_of, memory, shape_of, traffic
 
     config = case_config(name)
     torch.set_num_threads(1)
+    ranks.connect(config.trainer.accelerator, config.trainer.timeout_minutes)
     # what torch and Lightning load at the first step is no part of the model
     train(config, SMALL | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64})
     before = anonymous_pages()
@@ -111,6 +113,9 @@ class Watch:
                 threading.Thread(target=self._sample, daemon=True).start()
             if len(self._steps) == 4:
                 self._done.set()
+
+    def truncate(self, step: int) -> None:
+        """Nothing to take back."""
 
     def close(self) -> None:
         """Nothing to close."""

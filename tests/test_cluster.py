@@ -181,7 +181,8 @@ def test_machine_starts_a_run_resumes_it_and_leaves_a_finished_one(tmp_path, stu
     assert run_node(job, place) == 1
     assert run_node(job, place) == 0
     assert run_node(job, place) == 0
-    assert [call["qat"] for call in stubs.calls] == [["train", "recipe=tiny"], ["resume", str(tmp_path / "runs/mine")]]
+    resumed = ["resume", str(tmp_path / "runs/mine"), "trainer.devices=2", "trainer.nodes=1"]
+    assert [call["qat"] for call in stubs.calls] == [["train", "recipe=tiny"], resumed]
     assert stubs.calls[0]["torchrun"][:3] == ["--standalone", "--nproc-per-node=2", "--shutdown-timeout=300"]
 
 
@@ -265,7 +266,7 @@ def test_local_job_goes_on_after_preemption_until_it_is_finished(tmp_path, stubs
     assert wait(job) == "finished", job.log.read_text()
     first, second = (call["qat"] for call in stubs.calls)
     assert first == ["train", "--config-file", str(tmp_path / "runs/.jobs/mine/config.yaml")]
-    assert second == ["resume", str(tmp_path / "runs/mine")]
+    assert second == ["resume", str(tmp_path / "runs/mine"), "trainer.devices=1", "trainer.nodes=1"]
     with pytest.raises(UserError, match="must not be finished"):
         submit.submit(config, to_yaml(config), tmp_path / "runs/mine")
 

@@ -89,7 +89,8 @@ def figures(shape: Any, job: Any, config: Any) -> dict[str, Any]:
     chosen = memory(shape, job)
     return {
         "memory_gib": {**gib(chosen.parts), "total": chosen.peak / GIB},
-        "host_gib": config.trainer.devices * chosen.host / GIB,
+        # under fsdp2 one rank loads the models and deals them out
+        "host_gib": (1 if job.strategy == "fsdp2" else config.trainer.devices) * chosen.host / GIB,
         "strategies": strategies,
         "tokens_per_step": job.tokens_per_step,
         "steps": job.steps,

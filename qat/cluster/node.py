@@ -98,7 +98,9 @@ def run_node(job: NodeJob, place: Place) -> int:
         UserError: a machine did not come, or the port is taken.
     """
     before = run_status(job.run)
-    words = job.command if before is None else ("resume", str(job.run))
+    # a run that goes on may do so with another number of processes
+    resumed = ("resume", str(job.run), f"trainer.devices={job.processes}", f"trainer.nodes={len(place.hosts)}")
+    words = job.command if before is None else resumed
     if len(place.hosts) > 1:
         words = meet(job, place, words if before != "finished" else ())
     if not words or before == "finished":

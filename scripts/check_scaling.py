@@ -17,11 +17,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {"memory": 0.15, "traffic": 0.01}
+LARGE = {"8B": "llama3_8b", "70B": "llama3_70b", "405B": "llama3_405b"}
+RANKS = (8, 64, 512)
+DOCUMENT, RESULTS = ROOT / "docs/scaling.md", ROOT / "docs/results/scaling.json"
 SMALL = {
     "vocab_size": 16384,
     "hidden_size": 512,
@@ -94,7 +98,8 @@ def train(config: Any, shape: dict[str, Any]) -> tuple[Watch, Any, Any]:
     coverage = build.quantize_layers(student, config)
     teacher = as_teacher(floating, config.trainer.precision) if config.distill.kl_weight > 0 else None
     windows = torch.randint(shape["vocab_size"], (64, config.data.block_size))
-    with Watch() as watch:
+    watch: Any = Watch()
+    with watch:
         fit(student, teacher, windows, **build.training(config), metrics=watch)
     return watch, floating.config, coverage
 
@@ -192,6 +197,91 @@ def measured(name: str) -> dict[str, Any]:
         return json.loads(output.read_text())
 
 
+def large_shape(name: str) -> Any:
+    """The shape of a large model, from its config.json and the recipe's plan."""
+    from qat.checks import plan_from
+    from qat.config import ModelConfig, recipes_dir
+    from qat.insert import survey
+    from qat.models import meta_model
+    from qat.scaling import shape_of
+
+    model = meta_model(ModelConfig(path=str(recipes_dir() / "architectures" / name)))
+    _, coverage = survey(model, plan_from(large_config()))
+    return shape_of(model.config, coverage)
+
+
+def large_config() -> Any:
+    """The run of the tables: the recipe for 8 GPUs with one window a rank."""
+    from qat.cli.compose import compose_run
+
+    return compose_run(["recipe=llama3_8b_w4a16_g128_fsdp2", "trainer.batch_size=1"])
+
+
+def paper_tables() -> str:
+    """Peak memory and bytes sent of the large models, and what the peak is made of."""
+    from qat.scaling import job_of, memory, sent, traffic
+
+    job = job_of(large_config())
+    shapes = {name: large_shape(folder) for name, folder in LARGE.items()}
+    head = ["Model", "Strategy", *(f"{n} ranks: GiB" for n in RANKS), *(f"{n} ranks: GiB sent" for n in RANKS)]
+    rows = []
+    for name, shape in shapes.items():
+        for strategy in ("ddp", "fsdp2"):
+            jobs = [replace(job, strategy=strategy, ranks=n) for n in RANKS]
+            need = [f"{memory(shape, one).peak / 2**30:,.1f}" for one in jobs]
+            moved = [f"{sent(traffic(shape, one), one.ranks) / 2**30:,.0f}" for one in jobs]
+            rows.append([name, strategy, *need, *moved])
+    parts: dict[str, list[str]] = {}
+    for column, shape in enumerate(shapes.values()):
+        found = memory(shape, replace(job, strategy="fsdp2", ranks=64))
+        for part, size in {**found.parts, "**peak**": found.peak, "main memory of rank 0": found.host}.items():
+            parts.setdefault(part, ["–"] * len(shapes))[column] = f"{size / 2**30:,.2f}"
+    lines = [table(head, rows), "", "GiB of rank 0 at its peak, FSDP2, 64 ranks:", ""]
+    peak = parts.pop("**peak**"), parts.pop("main memory of rank 0")
+    body = [[part, *sizes] for part, sizes in parts.items()]
+    body += [["**peak**", *peak[0]], ["main memory while loading", *peak[1]]]
+    return "\n".join([*lines, table(["Part", *shapes], body)])
+
+
+def measured_table(found: list[dict[str, Any]]) -> str:
+    """Paper beside measured."""
+    rows = []
+    for case in found:
+        both = case["memory"]
+        paper, seen = case["traffic"]["paper"], case["traffic"]["measured"]
+        moved = ", ".join(f"{name} {seen.get(name, 0) / 1e6:.2f} / {size / 1e6:.2f}" for name, size in paper.items())
+        off = both["measured"] / both["paper"] - 1
+        rows.append(
+            [case["case"], f"{both['measured'] / 1e6:,.0f}", f"{both['paper'] / 1e6:,.0f}", f"{off:+.1%}", moved]
+        )
+    return table(["Case", "MB measured", "MB on paper", "off", "collectives of a step, MB measured / paper"], rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with numbers to the right."""
+    lines = [head, [":---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def put(name: str, text: str) -> None:
+    """Replace what stands between the marks `name` of the document."""
+    whole = DOCUMENT.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+    before, rest = whole.split(begin)
+    DOCUMENT.write_text(before + begin + text + end + rest.split(end)[1], encoding="utf-8")
+
+
+def too_far(case: dict[str, Any]) -> list[str]:
+    """Lines for the figures of a case that are further from the paper than TOLERANCE."""
+    paper, seen = case["traffic"]["paper"], case["traffic"]["measured"]
+    pairs = {"memory": (case["memory"]["paper"], case["memory"]["measured"])}
+    # the last step's agreement of a few bytes on whether to stop is no part of the model
+    pairs |= {name: (size, seen.get(name, 0)) for name, size in paper.items()}
+    limits = {name: TOLERANCE["memory" if name == "memory" else "traffic"] for name in pairs}
+    off = {name: there / here - 1 for name, (here, there) in pairs.items()}
+    return [f"{case['case']}: {name} is off by {off[name]:+.1%}" for name in pairs if abs(off[name]) > limits[name]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write tables and measured figures; exit 1 when one is off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,7 +294,16 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             text = json.dumps(found)
             args.output.write_text(text) if args.output else print(json.dumps(found, indent=1))
-    return 0
+        return 0
+    put("scaling_tables", paper_tables())
+    if args.tables:
+        return 0
+    cases = [measured(name) for name in CASES]
+    RESULTS.write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
+    put("scaling_measured", measured_table(cases))
+    wrong = [line for case in cases for line in too_far(case)]
+    print("\n".join(wrong) or "all figures are within their limits")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

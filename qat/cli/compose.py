@@ -50,21 +50,35 @@ def compose_run(overrides: list[str]) -> RunConfig:
     recipe = choices.get(RECIPES)
     if recipe is not None and is_file_name(recipe):
         choices[RECIPES] = OWN_RECIPE
-    for group, option in choices.items():
-        if option != OWN_RECIPE:
-            problems += option_problems(group, option)
+    wrong = {group: option_problems(group, option) for group, option in choices.items() if option != OWN_RECIPE}
+    problems += [line for lines in wrong.values() for line in lines]
     content: dict[str, Any] = {}
-    if recipe is not None and not problems:
-        content, problems = read_yaml(Path(recipe) if is_file_name(recipe) else recipes_dir() / f"{recipe}.yaml")
+    if recipe is not None and not wrong.get(RECIPES):
+        content, found = read_yaml(Path(recipe) if is_file_name(recipe) else recipes_dir() / f"{recipe}.yaml")
+        problems += found
+        wrong[RECIPES] = found
+    values = {key: value for key, value in given.items() if key not in choices}
+    readable = {group: option for group, option in choices.items() if not wrong.get(group)}
+    return complete(readable, content, values, problems)
+
+
+def complete(choices: dict[str, Any], content: dict[str, Any], values: dict[str, Any], before: list[str]) -> RunConfig:
+    """The checked run of readable groups and values; UserError with the problems from `before` and all further ones.
+
+    After a problem the rest may be wrong for that reason alone: then only what is wrong with a given value is told.
+    """
+    problems = list(before)
+    try:
+        config = compose_groups(choices, content)
+        problems += [line for key, value in values.items() for line in set_value(config, key, value)]
+        run = settle(config)
+    except UserError as error:
+        given = tuple(key + end for key in values for end in (":", "."))
+        own = [line for line in error.problems if line.startswith(given)]
+        raise UserError(*problems, *(own if problems else error.problems)) from None
     if problems:
         raise UserError(*problems)
-    config = compose_groups(choices, content)
-    for key, value in given.items():
-        if key not in choices:
-            problems += set_value(config, key, value)
-    if problems:
-        raise UserError(*problems)
-    return settle(config)
+    return run
 
 
 def from_yaml(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -356,15 +370,16 @@ def settle(config: DictConfig) -> RunConfig:
 
     try:
         missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise UserError(*(problem(key, "must be given", "nothing", f"Add {key}=VALUE.") for key in missing))
+        for key in missing:  # so that the others are checked too
+            OmegaConf.update(config, re.sub(r"\[(\d+)\]", r".\1", key), "missing")
         run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), config))
     except OmegaConfBaseException as error:
         first = str(error).partition("\n")[0]
         fix = "Refer to keys of the run only, such as ${name}."
         raise UserError(problem(error.full_key or "configuration", "must resolve", f"'{first}'", fix)) from None
     assert isinstance(run, RunConfig)
-    problems = check(run)
+    problems = [problem(key, "must be given", "nothing", f"Add {key}=VALUE.") for key in missing]
+    problems += [line for line in check(run) if not line.startswith(tuple(f"{key}:" for key in missing))]
     if problems:
         raise UserError(*problems)
     return run

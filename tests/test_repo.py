@@ -378,7 +378,7 @@ def test_command_of_a_readme_can_be_typed(file, line):
         words = words[words.index("qat.cli.main") :]
     assert words[1] in VERBS
     overrides = [word for word in words[2:] if re.match(r"\+?[\w.]+=", word)]
-    if words[1] in ("train", "plan"):
+    if words[1] in ("train", "plan", "submit"):
         paths = [] if any("recipe=" in word for word in overrides) else ["model.path=m", "data.path=d"]
         given = {word.split("=")[0] for word in overrides}
         assert compose_run([*overrides, *(path for path in paths if path.split("=")[0] not in given)])

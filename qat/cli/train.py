@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qat.errors import UserError, problem
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Overrides, or a file with the whole run, and --cfg."""
+    """Overrides, or a whole run in a file, and --cfg."""
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="run what a resolved.yaml says, with dotted.key=value set anew"
+    )
     parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--config-file", type=Path, help="a whole run, as --cfg prints it and resolved.yaml holds it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
@@ -28,10 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from qat.progress import is_main
     from qat.run_folder import check_free
 
-    if args.config_file and args.overrides:
-        fix = "Change the file, or give the overrides alone."
-        raise UserError(problem("--config-file", "holds the whole run", " ".join(args.overrides), fix))
-    config = from_yaml(args.config_file) if args.config_file else compose_run(args.overrides)
+    given = args.overrides
+    config = from_yaml(args.config_file, given) if args.config_file else compose_run(given)
     resolved = to_yaml(config)
     if args.cfg:
         print(resolved)

@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,18 @@ def test_signal_to_stop_reaches_the_run(tmp_path, stubs, number):
     threading.Thread(target=send, daemon=True).start()
     assert run_node(node_job(tmp_path / "runs/mine"), Place(0, ("a",))) == 75
     assert signal.getsignal(number) is before
+
+
+def test_run_does_not_outlive_a_killed_launcher(tmp_path, stubs):
+    stubs.plot("wait")
+    words = ["-m", "qat.cluster", "--run", str(tmp_path / "runs/mine"), "--processes", "1", "--", "train"]
+    launcher = subprocess.Popen([sys.executable, *words], env=stubs.environment(), stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.kill()
+    launcher.wait()
+    # the end of the output is the end of torchrun, which holds it too
+    assert launcher.stdout.read() == ""
+    assert node.run_status(tmp_path / "runs/mine") == "preempted"
 
 
 SLURM = ["cluster=slurm", "cluster.partition=gpu", "cluster.account=me", "cluster.memory_gib=0"]

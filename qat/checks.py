@@ -7,6 +7,7 @@ Types, unknown keys and missing values are refused in `cli/compose.py`, the mode
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from functools import reduce
 from typing import Any
@@ -15,6 +16,23 @@ from qat.config import RunConfig, kv_spec, plan_from
 from qat.errors import UserError, nearest, problem
 
 PHASES = ("observe", "fake_quantize", "freeze_scales", "bits")
+OWN_SBATCH = {
+    "partition": "cluster.partition",
+    "account": "cluster.account",
+    "time": "cluster.time_minutes",
+    "signal": "cluster.signal_seconds",
+    "requeue": "cluster.requeue",
+    "no-requeue": "cluster.requeue",
+    "cpus-per-task": "cluster.cpus_per_node",
+    "mem": "cluster.memory_gib",
+    "nodes": "trainer.nodes",
+    "gpus-per-node": "trainer.devices",
+    "ntasks-per-node": "trainer.devices",
+    "job-name": "name",
+    "output": "runs_dir",
+    "error": "runs_dir",
+    "open-mode": "runs_dir",
+}
 LEARNED = ("lsq", "lsq_plus")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -29,6 +47,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.accelerator": ("cpu", "gpu"),
     "trainer.strategy": ("single", "ddp", "fsdp2"),
     "trainer.precision": ("bf16", "fp32"),
+    "cluster.kind": ("local", "slurm"),
     "evaluate.precision": ("bf16", "fp32"),
     "export.format": ("compressed_tensors",),
     "logger.wandb": ("off", "offline", "online"),
@@ -56,16 +75,24 @@ AT_LEAST: dict[str, int] = {
     "trainer.checkpoint_keep": 1,
     "trainer.max_skipped_steps": 0,
     "trainer.loader_workers": 0,
+    "cluster.time_minutes": 1,
+    "cluster.signal_seconds": 1,
+    "cluster.cpus_per_node": 1,
+    "cluster.memory_gib": 0,
+    "cluster.port": 1024,
     "evaluate.batch_size": 1,
     "export.max_new_tokens": 1,
 }
-ABOVE_ZERO = ("optim.lr", "optim.scale_lr", "distill.temperature", "trainer.timeout_minutes")
+ABOVE_ZERO = (
+    *("optim.lr", "optim.scale_lr", "distill.temperature"),
+    *("trainer.start_timeout_minutes", "trainer.timeout_minutes", "trainer.memory_gib"),
+)
 FRACTIONS = ("data.eval_fraction", "plan.max_unsupported", "optim.warmup_fraction", "optim.final_lr_fraction")
 
 
 def check(config: RunConfig) -> list[str]:
     """A line for every problem, in the project's error form; empty when the run may start."""
-    topics = (names, choices, ranges, data, model, schemes, fake_quant, phases, losses, trainer, logger)
+    topics = (names, choices, ranges, data, model, schemes, fake_quant, phases, losses, trainer, logger, cluster)
     return [line for topic in topics for line in topic(config)]
 
 
@@ -101,7 +128,7 @@ def ranges(config: RunConfig) -> Iterator[str]:
             yield problem(key, f"must be at least {least}", value, f"Use {key}={max(least, 1)} or more.")
     for key in ABOVE_ZERO:
         value = value_at(config, key)
-        if not (math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             yield problem(key, "must be finite and above 0", value, "Use a small positive number.")
     for key in FRACTIONS:
         value = value_at(config, key)
@@ -237,3 +264,22 @@ def logger(config: RunConfig) -> Iterator[str]:
     if chosen.group is not None and chosen.wandb == "off":
         fix = "Use logger=wandb_offline, or drop logger.group."
         yield problem("logger.group", "is a wandb group, so it needs wandb", "wandb off", fix)
+
+
+def cluster(config: RunConfig) -> Iterator[str]:
+    """The job leaves time to train, and its own options are not given a second time."""
+    chosen = config.cluster
+    if chosen.signal_seconds >= 60 * chosen.time_minutes:
+        fix = "Raise cluster.time_minutes, or lower cluster.signal_seconds."
+        wanted = f"must be less than the {60 * chosen.time_minutes} s of cluster.time_minutes"
+        yield problem("cluster.signal_seconds", wanted, chosen.signal_seconds, fix)
+    if chosen.port > 65534:
+        yield problem("cluster.port", "must be at most 65534", chosen.port, "Use cluster.port=29500.")
+    for i, option in enumerate(chosen.sbatch):
+        name = option.partition("=")[0].lstrip("-")
+        if not re.fullmatch(r"[a-z][a-z-]*", name):
+            fix = 'Write "constraint=h100", or exclusive.'
+            yield problem(f"cluster.sbatch.{i}", "must be name=value or name", f"'{option}'", fix)
+        elif name in OWN_SBATCH:
+            fix = f"Use {OWN_SBATCH[name]}."
+            yield problem(f"cluster.sbatch.{i}", "must not repeat another setting", f"'{option}'", fix)

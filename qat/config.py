@@ -29,6 +29,8 @@ class ModelConfig:
     """Run Python code that comes with the model. Only from the command line or a recipe, never from a model folder."""
     attention: str = "sdpa"
     """Attention implementation of transformers: sdpa or eager."""
+    architecture: str | None = None
+    """Folder of recipes/architectures whose config.json `qat plan` reads when nothing here has the name `path`."""
 
 
 @dataclass
@@ -179,6 +181,10 @@ class TrainerConfig:
     """Processes on each machine."""
     nodes: int = 1
     """Machines."""
+    start_timeout_minutes: float = 5.0
+    """How long the ranks of a job wait for one another at the start; those that do not come are named."""
+    memory_gib: float | None = None
+    """Memory of a process's device in GiB; `qat plan` refuses a run that does not fit. None asks the GPU, if any."""
     precision: str = "bf16"
     """bf16 (fp32 master weights under autocast) or fp32."""
     max_steps: int = 100
@@ -207,6 +213,32 @@ class TrainerConfig:
     """Processes that read windows ahead."""
     timeout_minutes: float = 10.0
     """How long a process waits for the others of the job before it gives up."""
+
+
+@dataclass
+class ClusterConfig:
+    kind: str = "local"
+    """Where `qat submit` runs the job: local (a process of this machine) or slurm."""
+    partition: str | None = None
+    """SLURM partition; None is the cluster's default."""
+    account: str | None = None
+    """SLURM account; None is the user's default."""
+    time_minutes: int = 240
+    """Longest running time of one job; a run that needs more goes on in the next."""
+    signal_seconds: int = 300
+    """Seconds before that end at which the run is told to save and stop, and has for it when told to stop earlier."""
+    requeue: bool = True
+    """Queue the job again when it was preempted or its time was over."""
+    cpus_per_node: int | None = None
+    """CPU cores asked for on each machine; None is the cluster's default."""
+    memory_gib: int | None = None
+    """Main memory asked for on each machine in GiB; 0 asks for all of it, None is the cluster's default."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further options of sbatch, in quotes where they hold a sign: [exclusive,"constraint=h100"]."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the run on the first machine, such as module load cuda."""
+    port: int = 29500
+    """The first of two free ports of the first machine, where the machines of a job meet; one machine needs none."""
 
 
 @dataclass
@@ -261,6 +293,7 @@ class RunConfig:
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

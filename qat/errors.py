@@ -11,11 +11,14 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """One or more mistakes in what the user gave; `problems` holds one line for each."""
+    """One or more mistakes in what the user gave; `problems` holds one line for each.
 
-    def __init__(self, *problems: str, before_work: bool = True):
+    `told_elsewhere`: another process of the same job raises the same and says it; this one ends in silence.
+    """
+
+    def __init__(self, *problems: str, before_work: bool = True, told_elsewhere: bool = False):
         self.problems = tuple(problems)
-        self.before_work = before_work
+        self.before_work, self.told_elsewhere = before_work, told_elsewhere
         super().__init__("\n".join(problems))
 
 

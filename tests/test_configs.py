@@ -134,6 +134,17 @@ def test_compose_names_all_mistakes_at_once():
     assert len(caught.value.problems) == 3
 
 
+def test_compose_names_mistakes_of_every_kind_at_once(tmp_path):
+    """Unknown keys and options, wrong types, values out of range: in the recipe and on the command line, in one go."""
+    (tmp_path / "own.yaml").write_text("trainer: {max_stpes: 3}\n")
+    words = ["optim.lr=-1", "scheme=w9", "trainer.max_steps=few", "bits=4", "kv.bits=1", "data.block_size=2"]
+    with pytest.raises(UserError, match="max_stpes") as caught:
+        compose_run([f"recipe={tmp_path / 'own.yaml'}", *words])
+    where = sorted(line.partition(":")[0] for line in caught.value.problems)
+    own = str(tmp_path / "own.yaml")
+    assert where == sorted([own, "bits", "data.block_size", "kv.bits", "optim.lr", "scheme", "trainer.max_steps"])
+
+
 def test_last_of_two_settings_counts_with_a_warning(capsys):
     assert compose_run(["seed=1", *PATHS, "seed=2"]).seed == 2
     assert capsys.readouterr().err == "warning: seed is given twice, seed=1 and seed=2; the last one counts.\n"
@@ -157,6 +168,21 @@ def test_compose_refuses_a_spoiled_group_file(tmp_path, monkeypatch, text, match
     monkeypatch.setattr(compose, "recipes_dir", lambda: tmp_path / "recipes")
     with pytest.raises(UserError, match=match):
         compose_run(["scheme=w8a16", *PATHS])
+
+
+def test_command_that_is_refused_has_not_met_torch(tmp_path):
+    """The whole of `qat train`, which a mistake must not cost more than the import of Hydra."""
+    code = (
+        "import sys\n"
+        "from qat.cli.main import main\n"
+        "code = main(['train', 'trainer.max_stpes=3', 'optim.lr=-1', 'scheme=w9'])\n"
+        "heavy = ('torch', 'numpy', 'transformers', 'lightning', 'datasets', 'matplotlib')\n"
+        "print(code, [m for m in heavy if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n"
+    assert len(done.stderr.splitlines()) == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistake_is_reported_without_importing_the_trainer():

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheme": {"errors"},
     "config": {"errors", "scheme"},
     "checks": {"errors", "config"},
+    "scaling": {"config"},
     "metrics": {"errors", "progress", "paths"},
     "report": {"errors"},
     "grid": {"scheme"},
@@ -61,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "checkpoint": {"errors", "paths", "checkpoints"},
     "run_folder": {"errors", "progress", "paths", "config"},
+    "cluster": {"errors", "paths", "config"},
     "export": {"paths", "config", "report", "formats"},
     "sweep": {"errors", "progress", "paths", "config", "report"},
     "build": {"ranks", "memory", "config", "checks", "metrics", "nn", "insert", "models", "train"},
@@ -73,9 +75,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("build", "pipeline"),
     },
     "cli": {
-        *("errors", "signals", "progress", "config", "checks", "report", "estimators", "observers", "kernels"),
-        *("formats", "convert"),
-        *("models", "data", "evaluate", "serve", "run_folder", "export", "sweep", "build", "pipeline", "verify"),
+        *("errors", "signals", "progress", "config", "checks", "scaling", "report", "estimators", "observers"),
+        *("kernels", "formats", "convert", "models", "data", "evaluate", "serve", "run_folder", "cluster", "export"),
+        *("sweep", "build", "pipeline", "verify"),
     },
 }
 # Arrows that no later table may draw.
@@ -95,6 +97,7 @@ ONLY_IN = {
         *("qat/serve/stock.py", "qat/serve/rotary.py"),
     },
     "gguf": {"qat/models.py", "scripts/random_gguf.py"},
+    "submitit": {"qat/cluster/submit.py"},
     **{name: {"qat/serve/server.py"} for name in ("starlette", "uvicorn", "prometheus_client")},
     "pickle": set(),
 }
@@ -378,7 +381,7 @@ def test_command_of_a_readme_can_be_typed(file, line):
         words = words[words.index("qat.cli.main") :]
     assert words[1] in VERBS
     overrides = [word for word in words[2:] if re.match(r"\+?[\w.]+=", word)]
-    if words[1] in ("train", "plan"):
+    if words[1] in ("train", "plan", "submit"):
         paths = [] if any("recipe=" in word for word in overrides) else ["model.path=m", "data.path=d"]
         given = {word.split("=")[0] for word in overrides}
         assert compose_run([*overrides, *(path for path in paths if path.split("=")[0] not in given)])

@@ -57,25 +57,44 @@ def compose_run(
     recipe = choices.get(RECIPES)
     if recipe is not None and is_file_name(recipe):
         choices[RECIPES] = OWN_RECIPE
-    for group, option in choices.items():
-        if option != OWN_RECIPE:
-            problems += option_problems(group, option)
+    wrong = {group: option_problems(group, option) for group, option in choices.items() if option != OWN_RECIPE}
+    problems += [line for lines in wrong.values() for line in lines]
     content: dict[str, Any] = {}
-    if recipe is not None and not problems:
-        content, problems = read_yaml(Path(recipe) if is_file_name(recipe) else recipes_dir() / f"{recipe}.yaml")
-    if problems:
-        raise UserError(*problems)
-    composed = {} if composed is None else composed
+    if recipe is not None and not wrong.get(RECIPES):
+        content, found = read_yaml(Path(recipe) if is_file_name(recipe) else recipes_dir() / f"{recipe}.yaml")
+        problems += found
+        wrong[RECIPES] = found
+    values = {key: value for key, value in given.items() if key not in choices}
+    readable = {group: option for group, option in choices.items() if not wrong.get(group)}
+    return complete(readable, content, values, problems, {} if composed is None else composed)
+
+
+def complete(
+    choices: dict[str, Any],
+    content: dict[str, Any],
+    values: dict[str, Any],
+    before: list[str],
+    composed: dict[str, DictConfig],
+) -> RunConfig:
+    """The checked run of readable groups and values; UserError with the problems from `before` and all further ones.
+
+    After a problem the rest may be wrong for that reason alone: then only what is wrong with a given value is told.
+    """
+    problems = list(before)
     groups_key = str(sorted(choices.items()))
-    if groups_key not in composed:
-        composed[groups_key] = compose_groups(choices, content)
-    config = copy.deepcopy(composed[groups_key])
-    for key, value in given.items():
-        if key not in choices:
-            problems += set_value(config, key, value)
+    try:
+        if groups_key not in composed:
+            composed[groups_key] = compose_groups(choices, content)
+        config = copy.deepcopy(composed[groups_key])
+        problems += [line for key, value in values.items() for line in set_value(config, key, value)]
+        run = settle(config)
+    except UserError as error:
+        given = tuple(key + end for key in values for end in (":", "."))
+        own = [line for line in error.problems if line.startswith(given)]
+        raise UserError(*problems, *(own if problems else error.problems)) from None
     if problems:
         raise UserError(*problems)
-    return settle(config)
+    return run
 
 
 def from_yaml(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -366,25 +385,34 @@ def composition_problem(error: Exception) -> str:
 
 def settle(config: Any) -> RunConfig:
     """The composed values through the schema once more, complete and checked."""
-    run = to_object(config, RunConfig)
-    problems = check(run)
+    run, missing = to_object(config, RunConfig)
+    problems = missing + [line for line in check(run) if not line.startswith(tuple(missing_keys(missing)))]
     if problems:
         raise UserError(*problems)
     return run
 
 
-def to_object(config: Any, schema: type[T]) -> T:
-    """The `schema` that composed values fill; UserError for what is missing or does not resolve."""
+def missing_keys(lines: list[str]) -> list[str]:
+    """`key:` of each line about a missing key."""
+    return [line.partition(":")[0] + ":" for line in lines]
+
+
+def to_object(config: Any, schema: type[T]) -> tuple[T, list[str]]:
+    """The `schema` that composed values fill, and a line for every value that is missing, which is `missing` then.
+
+    Raises:
+        UserError: something does not resolve.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise UserError(*(problem(key, "must be given", "nothing", f"Add {key}=VALUE.") for key in missing))
+        for key in missing:  # so that the others are checked too
+            OmegaConf.update(config, re.sub(r"\[(\d+)\]", r".\1", key), "missing")
         made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except OmegaConfBaseException as error:
         first = str(error).partition("\n")[0]
         fix = "Refer to keys of the run only, such as ${name}."
         raise UserError(problem(error.full_key or "configuration", "must resolve", f"'{first}'", fix)) from None
-    return cast("T", made)
+    return cast("T", made), [problem(key, "must be given", "nothing", f"Add {key}=VALUE.") for key in missing]

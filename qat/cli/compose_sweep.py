@@ -126,7 +126,10 @@ def sweep_config(words: Sequence[str]) -> SweepConfig:
                 problems += set_value(config, key, value, "", SweepSchema)
     if problems:
         raise UserError(*problems)
-    return to_object(config, SweepSchema).sweep
+    made, missing = to_object(config, SweepSchema)
+    if missing:
+        raise UserError(*missing)
+    return made.sweep
 
 
 def given_twice(config: SweepConfig, overrides: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "resume": ("qat.cli.resume", "Go on with a run that stopped, bit for bit"),
     "sweep": ("qat.cli.sweep", "Many runs of one recipe: search or grid, stopped early where hopeless, resumable"),
     "report": ("qat.cli.report", "Make the report of a run or a sweep again"),
+    "submit": ("qat.cli.submit", "The same run as a job of a cluster (SLURM), preempted and requeued without loss"),
     "evaluate": ("qat.cli.evaluate", "Perplexity of a run (fake and packed) or of an export folder"),
     "export": ("qat.cli.export", "Pack a finished run again"),
     "verify": ("qat.cli.verify", "Prove that an export holds the codes of training"),
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        for line in error.problems:
+        for line in () if error.told_elsewhere else error.problems:
             print(f"error: {line}", file=sys.stderr)
         return 2 if error.before_work else 1
     except signals.Stopped as stopped:

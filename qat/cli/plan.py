@@ -1,13 +1,22 @@
 """Takes the overrides of `qat train`; loads no weights (the model is built from config.json on the meta device).
+Exit 2 when a rank needs more than trainer.memory_gib. The formulas are in docs/scaling.md.
 
 qat plan recipe=smollm2_quickstart
 qat plan model.path=FOLDER scheme=w4a16_g64
+qat plan recipe=llama3_8b_w4a16_g128_fsdp2 trainer.nodes=2
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from qat.config import ModelConfig, recipes_dir
+from qat.errors import UserError, nearest, problem
+
+GIB = 2**30
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,43 +36,92 @@ def run(args: argparse.Namespace) -> int:
 
     from qat import build
     from qat.models import meta_model
+    from qat.scaling import job_of, shape_of
 
-    model = meta_model(config.model)
+    model = meta_model(known_architecture(config.model))
     coverage = build.quantize_layers(model, config)
-    memory = memory_estimate(coverage.weights, model.config, config)
+    shape, job = shape_of(model.config.get_text_config(), coverage), job_of(config)
+    numbers = figures(shape, job, config)
     if args.json:
         import json
 
-        print(json.dumps({**coverage.to_dict(), "memory_gib": memory}, indent=2))
-        return 0
-    _show(coverage, memory, config)
+        print(json.dumps({**coverage.to_dict(), **numbers}, indent=2))
+    else:
+        _show_layers(coverage, config)
+        _show_figures(numbers, config)
+    refuse_too_large(shape, job, config)
     return 0
 
 
-def memory_estimate(weights: int, hf_config: Any, config: Any) -> dict[str, float]:
-    """GiB of one process while training, by part; activations after the usual 34 bytes per token, layer and channel."""
-    trainer = config.trainer
-    text = hf_config.get_text_config()
-    shards = trainer.devices * trainer.nodes if trainer.strategy == "fsdp2" else 1
-    tokens = trainer.batch_size * config.data.block_size
-    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    per_token = 2 * hidden * layers if trainer.gradient_checkpointing else 34 * hidden * layers
-    width = 2 if trainer.precision == "bf16" else 4
-    parts = {
-        "float32 weights": 4 * weights / shards,
-        "gradients": 4 * weights / shards,
-        "Adam moments": 8 * weights / shards,
-        "fake-quantized copies": width * weights / shards,
-        "teacher": (width * weights / shards) if config.distill.kl_weight > 0 else 0.0,
-        "activations": tokens * per_token * width / 2,
-        "logits of a chunk": 4 * 4 * min(tokens, config.distill.chunk_tokens) * vocabulary,
+def known_architecture(model: ModelConfig) -> ModelConfig:
+    """What a plan reads: the shipped config.json of `model.architecture` when no file has the model's path.
+
+    Raises:
+        UserError: no such architecture is shipped.
+    """
+    if model.architecture is None or Path(model.path).expanduser().exists():
+        return model
+    folder = recipes_dir() / "architectures"
+    known = sorted(entry.name for entry in folder.iterdir())
+    if model.architecture not in known:
+        fix = nearest(model.architecture, known)
+        raise UserError(problem("model.architecture", f"must stand in {folder}", f"'{model.architecture}'", fix))
+    return replace(model, path=str(folder / model.architecture), revision=None)
+
+
+def figures(shape: Any, job: Any, config: Any) -> dict[str, Any]:
+    """Memory, traffic, tokens and files of the run, and memory and traffic under every strategy (scaling.py)."""
+    from qat.scaling import checkpoint_bytes, memory, sent, side_by_side, traffic
+
+    def gib(parts: dict[str, float]) -> dict[str, float]:
+        return {name: size / GIB for name, size in parts.items()}
+
+    strategies = {}
+    for one in side_by_side(job):
+        need, moved = memory(shape, one), traffic(shape, one)
+        strategies[one.strategy] = {
+            "ranks": one.ranks,
+            "memory_gib": need.peak / GIB,
+            "peak_at": need.moment,
+            "traffic_gib": gib(moved),
+            "sent_gib": sent(moved, one.ranks) / GIB,
+        }
+    chosen = memory(shape, job)
+    return {
+        "memory_gib": {**gib(chosen.parts), "total": chosen.peak / GIB},
+        # under fsdp2 one rank loads the models and deals them out
+        "host_gib": (1 if job.strategy == "fsdp2" else config.trainer.devices) * chosen.host / GIB,
+        "strategies": strategies,
+        "tokens_per_step": job.tokens_per_step,
+        "steps": job.steps,
+        "tokens": job.steps * job.tokens_per_step,
+        "files_gib": gib(checkpoint_bytes(shape, job)),
     }
-    sizes = {name: size / 2**30 for name, size in parts.items()}
-    sizes["total"] = sum(sizes.values())
-    return sizes
 
 
-def _show(coverage: Any, memory: dict[str, float], config: Any) -> None:
+def refuse_too_large(shape: Any, job: Any, config: Any) -> None:
+    """UserError, naming what would help and how much, when a rank needs more memory than its device has."""
+    from qat.scaling import memory
+
+    limit, need = config.trainer.memory_gib or _gpu_gib(config), memory(shape, job).peak / GIB
+    if limit is None or need <= limit:
+        return
+    changes = {
+        "trainer.gradient_checkpointing=true": replace(job, checkpointing=True),
+        "trainer.batch_size=1": replace(job, batch=1),
+        "distill=ce (no teacher)": replace(job, teacher=False),
+        "trainer=fsdp2": replace(job, strategy="fsdp2"),
+        f"trainer.nodes={2 * config.trainer.nodes}": replace(job, ranks=2 * job.ranks),
+        "distill.chunk_tokens=32": replace(job, chunk=min(32, job.chunk)),
+    }
+    after = {text: memory(shape, changed).peak / GIB for text, changed in changes.items()}
+    helps = sorted((size, text) for text, size in after.items() if size < 0.99 * need)
+    fix = "Cheapest ways to fit: " + "; ".join(f"{text} ({size:.1f} GiB)" for size, text in helps) + "."
+    wanted = f"a rank must fit into the {limit:.1f} GiB of its device"
+    raise UserError(problem("trainer.memory_gib", wanted, f"{need:.1f} GiB", fix if helps else "Use a smaller model."))
+
+
+def _show_layers(coverage: Any, config: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -81,14 +139,44 @@ def _show(coverage: Any, memory: dict[str, float], config: Any) -> None:
         f"packed {coverage.bytes / 1e6:.1f} MB, float32 {4 * coverage.weights / 1e6:.1f} MB; "
         f"kv cache: {coverage.kv or 'float'}"
     )
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if name != "total" and size > 0)
+
+
+def _show_figures(numbers: dict[str, Any], config: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("strategy", "ranks", "GiB per rank", "peak at", "GiB sent per step", title="one rank, estimated")
+    for name, row in numbers["strategies"].items():
+        moved = ", ".join(f"{what} {size:.2f}" for what, size in row["traffic_gib"].items())
+        sent = f"{row['sent_gib']:.2f} ({moved})" if moved else "0"
+        mark = "> " if name == config.trainer.strategy else ""
+        table.add_row(f"{mark}{name}", str(row["ranks"]), f"{row['memory_gib']:.2f}", row["peak_at"], sent)
+    Console(width=None if Console().is_terminal else 160).print(table)
+    memory = numbers["memory_gib"]
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if name != "total")
     print(f"training memory per process, estimated: {memory['total']:.2f} GiB ({parts})")
+    if numbers["host_gib"]:
+        print(f"main memory per machine while loading, estimated: {numbers['host_gib']:.1f} GiB")
+    files = ", ".join(f"{name} {size:.2f} GiB" for name, size in numbers["files_gib"].items())
+    print(f"{numbers['tokens_per_step']:,} tokens per step, {numbers['steps']:,} steps, {numbers['tokens']:,} tokens")
+    print(f"checkpoints: {files}")
     available = available_gib()
-    if available is not None and config.trainer.accelerator == "cpu" and memory["total"] > available:
+    need = memory["total"] * config.trainer.devices
+    if available is not None and config.trainer.accelerator == "cpu" and need > available:
+        have = f"{available:.1f} GiB free, {config.trainer.devices} of these processes need {need:.1f}"
         print(
-            f"warning: this machine has {available:.1f} GiB free. Cheapest ways to fit: "
-            "trainer.gradient_checkpointing=true, a smaller trainer.batch_size, distill=ce (no teacher), trainer=fsdp2."
+            f"warning: this machine has {have}. "
+            "Cheapest ways to fit: trainer.gradient_checkpointing=true, a smaller trainer.batch_size, distill=ce."
         )
+
+
+def _gpu_gib(config: Any) -> float | None:
+    """Memory of this machine's GPU, None without one or when the run is not for GPUs."""
+    import torch
+
+    if config.trainer.accelerator != "gpu" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory / GIB
 
 
 def available_gib() -> float | None:

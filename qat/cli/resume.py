@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from qat.config import RunConfig, TrainerConfig
 
 # what may differ from the run's beginning; `trainer.devices` and the like change at most the last bits
-FREE = ("evaluate", "export", "logger")
+FREE = ("evaluate", "export", "logger", "cluster")
 FREE_TRAINER = (
     *("accelerator", "strategy", "devices", "nodes", "threads", "gradient_checkpointing"),
     *("eval_every", "log_every", "layer_stats_every", "checkpoint_every", "checkpoint_keep"),
-    *("max_skipped_steps", "loader_workers", "timeout_minutes"),
+    *("max_skipped_steps", "loader_workers", "timeout_minutes", "start_timeout_minutes", "memory_gib"),
 )
 BATCH = ("batch_size", "accumulate")  # their product with the number of processes is compared instead
 NEVER = ("scheme", "plan", "kv", "fake_quant", "model")
@@ -40,7 +40,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check that what is asked goes on with this run, and do the rest of it."""
     from qat.cli.compose import from_yaml, to_yaml
-    from qat.cli.train import check_processes, show
+    from qat.cli.train import show
+    from qat.cluster.agreement import join
 
     resolved = args.run / "resolved.yaml"
     if not resolved.is_file():
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if _status(args.run) == "finished":
         print(f"{args.run} is finished; nothing to do")
         return 0
-    check_processes(config)
+    join(config)
 
     from qat import pipeline
     from qat.progress import is_main

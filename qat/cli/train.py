@@ -10,14 +10,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from qat.errors import UserError, problem
-
-if TYPE_CHECKING:
-    from qat.config import RunConfig
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +25,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compose, check, train; the last lines are the table, the verdict, the folder and what to type next."""
     from qat.cli.compose import compose_run, from_yaml, to_yaml
+    from qat.cluster.agreement import check_layout, join
+    from qat.progress import is_main
     from qat.run_folder import check_free
 
     given = args.overrides
@@ -40,27 +35,17 @@ def run(args: argparse.Namespace) -> int:
     if args.cfg:
         print(resolved)
         return 0
-    check_processes(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    check_layout(config)
+    if is_main():
         check_free(Path(config.runs_dir) / config.name, config.overwrite)
+    join(config)
 
     from qat import pipeline
-    from qat.progress import is_main
 
     folder = pipeline.run(config, resolved)
     if is_main():
         show(folder, config.export.format)
     return 0
-
-
-def check_processes(config: RunConfig) -> None:
-    """Refuse a job whose launcher started another number of processes than the configuration says."""
-    world = config.trainer.devices * config.trainer.nodes
-    if world != int(os.environ.get("WORLD_SIZE", "1")):
-        fix = f"Start it with: torchrun --nproc-per-node={config.trainer.devices} -m qat.cli.main train ..."
-        started = os.environ.get("WORLD_SIZE", "1")
-        wanted = f"needs {world} processes"
-        raise UserError(problem("trainer.devices * trainer.nodes", wanted, started, fix))
 
 
 def show(run_folder: Path, export_format: str) -> None:

@@ -19,6 +19,7 @@ from qat import config as schema
 from qat.cli.compose import compose_run
 from qat.cli.compose_sweep import compose_sweep
 from qat.cli.main import VERBS
+from qat.cli.quantize import as_overrides
 from qat.scheme import QuantSpec
 from qat.sweep import config as sweep
 
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fake_quant": {"errors", "scheme", "grid", "estimators", "observers", "kernels"},
     "nn": {"errors", "scheme", "grid", "estimators", "packing", "fake_quant", "kernels"},
     "insert": {"errors", "scheme", "estimators", "fake_quant", "nn"},
+    "ptq": {"errors", "progress", "scheme", "grid", "packing", "observers", "nn", "insert"},
     "formats": {"errors", "scheme", "grid", "packing"},
     "convert": {"errors", "signals", "scheme", "grid", "packing", "nn", "insert", "formats"},
     "models": {"errors", "paths", "config"},
@@ -63,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_folder": {"errors", "progress", "paths", "config"},
     "export": {"paths", "config", "report", "formats"},
     "sweep": {"errors", "progress", "paths", "config", "report"},
-    "build": {"ranks", "memory", "config", "checks", "metrics", "nn", "insert", "models", "train"},
+    "build": {"ranks", "memory", "config", "checks", "metrics", "nn", "insert", "ptq", "models", "train"},
     "pipeline": {
         *("errors", "ranks", "signals", "progress", "memory", "paths", "config", "metrics", "report", "insert"),
         *("convert", "data", "evaluate", "checkpoints", "train", "checkpoint", "run_folder", "export", "build"),
@@ -74,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {
         *("errors", "signals", "progress", "config", "checks", "report", "estimators", "observers", "kernels"),
-        *("formats", "convert"),
+        *("ptq", "formats", "convert"),
         *("models", "data", "evaluate", "serve", "run_folder", "export", "sweep", "build", "pipeline", "verify"),
     },
 }
@@ -100,7 +102,8 @@ ONLY_IN = {
 }
 
 FORBIDDEN_WORDS = ("Manager", "Handler", "Proxy", "Helper", "Wrapper", "Impl", "Mixin", "Quantizer")
-NUMERIC_ROOMS = ("grid", "estimators", "packing", "kernels/reference", "nn/", "train/losses", "evaluate/", "observers/")
+NUMERIC_ROOMS = ("grid", "estimators", "packing", "kernels/reference", "nn/", "ptq/", "train/losses", "evaluate/")
+NUMERIC_ROOMS += ("observers/",)
 # torch and Lightning say what these do; only our own reason for a layer is told, in the class.
 FRAMEWORK_METHODS = re.compile(r"forward|backward|extra_repr|training_step|on_\w+")
 # Environment variables read while a module is imported. None is needed.
@@ -384,6 +387,8 @@ def test_command_of_a_readme_can_be_typed(file, line):
         assert compose_run([*overrides, *(path for path in paths if path.split("=")[0] not in given)])
     elif words[1] == "sweep":
         assert compose_sweep(overrides)
+    elif words[1] == "quantize":
+        assert compose_run(as_overrides(words[2], words[3:]))
     else:
         assert not overrides or words[1] == "evaluate"
     if words[1] == "ls":

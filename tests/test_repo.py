@@ -18,7 +18,7 @@ import yaml
 from qat import config as schema
 from qat.cli.compose import compose_run
 from qat.cli.compose_sweep import compose_sweep
-from qat.cli.main import VERBS
+from qat.cli.main import VERBS, main
 from qat.cli.quantize import as_overrides
 from qat.scheme import QuantSpec
 from qat.sweep import config as sweep
@@ -385,20 +385,15 @@ def test_command_of_a_readme_can_be_typed(file, line):
         paths = [] if any("recipe=" in word for word in overrides) else ["model.path=m", "data.path=d"]
         given = {word.split("=")[0] for word in overrides}
         assert compose_run([*overrides, *(path for path in paths if path.split("=")[0] not in given)])
-    elif words[1] == "sweep":
-        assert compose_sweep(overrides)
-    elif words[1] == "quantize":
-        assert compose_run(as_overrides(words[2], words[3:]))
+    elif words[1] in ("sweep", "quantize"):
+        assert compose_sweep(overrides) if words[1] == "sweep" else compose_run(as_overrides(words[2], words[3:]))
     else:
         assert not overrides or words[1] == "evaluate"
     if words[1] == "ls":
-        from qat.cli.main import main
-
         assert main(words[1:]) == 0
 
 
 def test_makefile_names_no_phony_target_without_a_rule():
     text = (ROOT / "Makefile").read_text()
-    phony = re.findall(r"^\.PHONY:(.*)$", text, re.MULTILINE)
-    targets = set(re.findall(r"^([\w-]+):", text, re.MULTILINE))
-    assert {word for line in phony for word in line.split()} <= targets
+    phony = " ".join(re.findall(r"^\.PHONY:(.*)$", text, re.MULTILINE))
+    assert set(phony.split()) <= set(re.findall(r"^([\w-]+):", text, re.MULTILINE))

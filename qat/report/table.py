@@ -252,7 +252,7 @@ def kv_table(bench: dict[str, Any]) -> str:
     where = (
         f"{bench['model']} {bench['scheme']}, {bench['tokens']:,} held-out tokens; the float model: {of['float']:.3f}."
     )
-    return f"{_markdown(header, lines)}\n{where}\n"
+    return f"{markdown(header, lines)}\n{where}\n"
 
 
 def _bench_note(bench: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MATERIALS := $(VENV)/.materials
 
-.PHONY: quickstart test lint setup bench bench-peers bench-decode bench-ops test-faults test-sanitize test-transformers clean
+.PHONY: quickstart test lint setup bench bench-peers bench-decode bench-ops bench-ptq test-faults test-sanitize test-transformers clean
 
 quickstart: $(MATERIALS)
 	$(BIN)/qat train recipe=smollm2_quickstart overwrite=true
@@ -33,6 +33,12 @@ bench-decode: $(MATERIALS)
 
 bench-ops: $(MATERIALS)
 	$(BIN)/python scripts/bench_ops.py
+
+# GPTQ and AWQ beside llm-compressor's, which stays out of the environment
+bench-ptq: $(MATERIALS)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/ptq-peers llmcompressor==0.14.0.1 compressed-tensors==0.19.0 \
+	  auto-round==0.15.1 nvidia-ml-py
+	PYTHONPATH=build/ptq-peers $(BIN)/python scripts/compare_ptq.py
 
 # the C++ kernels under address and undefined-behaviour sanitizers, fuzzed on each instruction set
 SANITIZED := build/sanitize

@@ -6,11 +6,12 @@ config object. The order of a run is in `pipeline.py`.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat import checks, ranks
 from qat.config import RunConfig
@@ -19,6 +20,8 @@ from qat.memory import keep_freed_memory
 from qat.metrics import Metrics
 from qat.models import check_tokenizer, load_model, load_tokenizer, meta_model
 from qat.nn.kv import install_kv
+from qat.ptq.apply import apply, check
+from qat.ptq.options import PtqOptions
 
 
 def float_model(config: RunConfig) -> tuple[Any, Any]:
@@ -47,6 +50,24 @@ def quantize_layers(model: nn.Module, config: RunConfig) -> Coverage:
 def rtn_layers(model: nn.Module, config: RunConfig) -> Coverage:
     """The same plan by round-to-nearest: min-max scales from the weights as they are, nothing trained."""
     return _insert(model, config, FakeQuantOptions(input_observer=config.fake_quant.input_observer))
+
+
+def check_ptq(model: nn.Module, coverage: Coverage, windows: Tensor, config: RunConfig) -> None:
+    """Refuse, before work, a post-training method that cannot do this model; `windows` [n, block] is training text."""
+    if config.ptq.method != "none":
+        check(model, coverage, windows, _ptq_options(config))
+
+
+def apply_ptq(model: nn.Module, windows: Tensor, config: RunConfig) -> dict[str, Any] | None:
+    """Give a calibrated training model what the run's post-training method finds, and say what was done."""
+    if config.ptq.method == "none":
+        return None
+    return asdict(apply(model, windows, _ptq_options(config)))
+
+
+def _ptq_options(config: RunConfig) -> PtqOptions:
+    ptq = config.ptq
+    return PtqOptions(ptq.method, ptq.keep, ptq.windows, ptq.short_fraction, config.seed, ptq.damping, ptq.act_order)
 
 
 def _insert(model: nn.Module, config: RunConfig, options: FakeQuantOptions) -> Coverage:

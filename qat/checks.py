@@ -34,6 +34,7 @@ OWN_SBATCH = {
     "open-mode": "runs_dir",
 }
 LEARNED = ("lsq", "lsq_plus")
+PTQ = ("rtn", "rtn_mse", "gptq", "awq")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("sdpa", "eager"),
@@ -44,6 +45,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "fake_quant.weight_scale": ("dynamic", "static", "learned"),
     "fake_quant.weight_observer": ("minmax", "moving_average", "percentile", "mse", "histogram"),
     "fake_quant.input_observer": ("minmax", "moving_average", "percentile", "mse", "histogram"),
+    "ptq.method": ("none", *PTQ),
+    "ptq.keep": ("weights", "scales"),
     "trainer.accelerator": ("cpu", "gpu"),
     "trainer.strategy": ("single", "ddp", "fsdp2"),
     "trainer.precision": ("bf16", "fp32"),
@@ -64,7 +67,8 @@ AT_LEAST: dict[str, int] = {
     "distill.chunk_tokens": 1,
     "trainer.devices": 1,
     "trainer.nodes": 1,
-    "trainer.max_steps": 1,
+    "trainer.max_steps": 0,
+    "ptq.windows": 1,
     "trainer.batch_size": 1,
     "trainer.accumulate": 1,
     "trainer.threads": 1,
@@ -84,15 +88,21 @@ AT_LEAST: dict[str, int] = {
     "export.max_new_tokens": 1,
 }
 ABOVE_ZERO = (
-    *("optim.lr", "optim.scale_lr", "distill.temperature"),
+    *("optim.lr", "optim.scale_lr", "distill.temperature", "ptq.damping"),
     *("trainer.start_timeout_minutes", "trainer.timeout_minutes", "trainer.memory_gib"),
 )
-FRACTIONS = ("data.eval_fraction", "plan.max_unsupported", "optim.warmup_fraction", "optim.final_lr_fraction")
+FRACTIONS = (
+    *("data.eval_fraction", "plan.max_unsupported", "ptq.short_fraction"),
+    *("optim.warmup_fraction", "optim.final_lr_fraction"),
+)
 
 
 def check(config: RunConfig) -> list[str]:
     """A line for every problem, in the project's error form; empty when the run may start."""
-    topics = (names, choices, ranges, data, model, schemes, fake_quant, phases, losses, trainer, logger, cluster)
+    topics = (
+        *(names, choices, ranges, data, model, schemes, fake_quant, ptq, phases, losses, trainer, logger),
+        cluster,
+    )
     return [line for topic in topics for line in topic(config)]
 
 
@@ -214,9 +224,30 @@ def fake_quant(config: RunConfig) -> Iterator[str]:
         yield problem("fake_quant.estimator", wanted, f"scheme {config.scheme.name}", fix)
 
 
+def ptq(config: RunConfig) -> Iterator[str]:
+    """A starting point that training would not throw away, and no training only with a method that replaces it."""
+    chosen = config.ptq
+    if chosen.method == "none":
+        if config.trainer.max_steps == 0:
+            fix = "Use trainer.max_steps=1 or more, or ptq=gptq."
+            yield problem("trainer.max_steps", "only a ptq method needs no training", 0, fix)
+        return
+    if config.fake_quant.weight_scale == "dynamic":
+        fix = "Use fake_quant=static or fake_quant=learned."
+        wanted = f"the scales that ptq={chosen.method} finds must be kept; dynamic ones follow the weights"
+        yield problem("fake_quant.weight_scale", wanted, "dynamic", fix)
+    if any(entry.do in ("observe", "bits") for entry in config.phases.schedule):
+        fix = "Use phases=default or freeze."
+        wanted = f"phases that choose new ranges would undo ptq={chosen.method}"
+        yield problem("phases.schedule", wanted, "observe or bits", fix)
+    if chosen.method == "awq" and chosen.keep == "scales":
+        wanted = "awq finds scales for weights that it has rescaled, so it needs keep=weights"
+        yield problem("ptq.keep", wanted, "scales", "Use ptq.keep=weights.")
+
+
 def phases(config: RunConfig) -> Iterator[str]:
     """The schedule is sorted, inside the run, and quantizes at some point."""
-    schedule, last_step = config.phases.schedule, config.trainer.max_steps - 1
+    schedule, last_step = config.phases.schedule, max(0, config.trainer.max_steps - 1)
     previous = 0
     for i, entry in enumerate(schedule):
         where = f"phases.schedule.{i}"

@@ -126,6 +126,22 @@ class FakeQuantConfig:
 
 
 @dataclass
+class PtqConfig:
+    method: str = "none"
+    """none, rtn, rtn_mse, gptq, awq or squeezellm: how weights and scales are chosen before the first step."""
+    keep: str = "weights"
+    """What training starts from: weights (the method's own, on its grid) or scales (its grid, the float weights)."""
+    windows: int = 128
+    """Training windows that methods with calibration look at, drawn at random with the run's seed."""
+    short_fraction: float = 0.5
+    """Share of those windows cut into eighths, so that more of the tokens are the first of their window."""
+    damping: float = 0.01
+    """gptq: added to the Hessian's diagonal, as a share of its mean."""
+    act_order: bool = True
+    """gptq: columns in falling order of their inputs' power."""
+
+
+@dataclass
 class OptimConfig:
     lr: float = 1e-4
     """Peak learning rate of weights."""
@@ -188,7 +204,7 @@ class TrainerConfig:
     precision: str = "bf16"
     """bf16 (fp32 master weights under autocast) or fp32."""
     max_steps: int = 100
-    """Optimizer steps."""
+    """Optimizer steps; 0 with a ptq method quantizes without training."""
     batch_size: int = 2
     """Windows per forward pass and process."""
     accumulate: int = 1
@@ -289,6 +305,7 @@ class RunConfig:
     kv: KvConfig = field(default_factory=KvConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     fake_quant: FakeQuantConfig = field(default_factory=FakeQuantConfig)
+    ptq: PtqConfig = field(default_factory=PtqConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)

@@ -201,6 +201,12 @@ class FakeQuantize(nn.Module):
             self._store(self.qparams(torch.empty(0)))
         self.set_phase(replace(self.now, frozen=True))
 
+    @torch.no_grad()
+    def adopt(self, qparams: QParams) -> None:
+        """Take scale and zero point [..., G] found elsewhere as the static ones (start of learned ones)."""
+        assert self.scale_mode != "dynamic", "a dynamic scale is the tensor's own"
+        self._store(QParams(grid.round_scale(qparams.scale, self.spec), qparams.zero_point))
+
     def _store(self, qparams: QParams) -> None:
         self._kept = None
         self.scale.copy_(qparams.scale.view(self.scale.shape))

@@ -166,3 +166,17 @@ def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dty
             value.sub_(shift)
         out[start:stop] = value.mul_(block_scale)
     return out.view(x.shape)
+
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    """Codes uint8 [N, K]: which entry of its row's table [N, C], in rising order, each x [N, K] is nearest to.
+
+    Codes of a table count from 0; half way between two entries belongs to the lower one.
+    """
+    middles = (table[:, 1:].float() + table[:, :-1].float()) / 2
+    return torch.searchsorted(middles.contiguous(), x.detach().float().contiguous()).to(torch.uint8)
+
+
+def look_up(codes: Tensor, table: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The entries of table [N, C] that codes [N, K] name, as `dtype`."""
+    return table.gather(1, codes.long()).to(dtype)

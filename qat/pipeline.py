@@ -63,7 +63,7 @@ def run(config: RunConfig, resolved: str, resume: Resume | None = None) -> Path:
         teacher = _calibrate(config, folder, student, windows, coverage, floating)
         train = _train(config, folder, student, teacher, windows)
         # with KL to the float model alone, the control is that model
-        has_control = config.evaluate.baselines and config.distill.ce_weight > 0
+        has_control = config.evaluate.baselines and config.distill.ce_weight > 0 and config.trainer.max_steps > 0
         control = _train_control(config, folder, floating, teacher, windows) if has_control else None
         ranks.disconnect()
         if not is_main():
@@ -151,6 +151,7 @@ def _prepare(config: RunConfig) -> tuple[Any, Any, TextWindows, Coverage, Any]:
         f"coverage: {coverage.coverage:.2%} of {coverage.weights / 1e6:.1f} M weights, "
         f"{coverage.bits_per_weight:.2f} bits per weight, {coverage.bytes / 1e6:.1f} MB packed"
     )
+    build.check_ptq(student, coverage, windows.train, config)
     return student, tokenizer, windows, coverage, floating
 
 
@@ -164,7 +165,9 @@ def _calibrate(
     write_json_atomic(folder.path / "coverage.json", coverage.to_dict())
     calibration = windows.train[: config.fake_quant.calibration_batches * config.trainer.batch_size]
     calibrate(student, calibration, config.trainer.batch_size)
-    teacher = as_teacher(floating, config.trainer.precision) if config.distill.kl_weight > 0 else None
+    folder.record(ptq=build.apply_ptq(student, windows.train, config))
+    has_teacher = config.distill.kl_weight > 0 and config.trainer.max_steps > 0
+    teacher = as_teacher(floating, config.trainer.precision) if has_teacher else None
     folder.record(
         data={"path": config.data.path, "train_windows": len(windows.train), "eval_windows": len(windows.evaluation)}
     )
@@ -213,9 +216,11 @@ def _trained(
             checkpoint.load_state(model, final / checkpoint.WEIGHTS)
         return FitResult(model.eval(), **facts)
     store = Checkpoints(checkpoints, config.trainer.checkpoint_keep)
-    result = fit(
-        model, teacher, windows.train, **options, metrics=metrics, score=validate, checkpoints=store, title=title
-    )
+    result = FitResult(model.eval(), 0, 0, [])
+    if config.trainer.max_steps > 0:
+        result = fit(
+            model, teacher, windows.train, **options, metrics=metrics, score=validate, checkpoints=store, title=title
+        )
     if is_main():
         facts = {key: value for key, value in vars(result).items() if key != "model"}
         checkpoint.save_final(result.model, final, facts)
@@ -276,10 +281,11 @@ def _results(
     """results.json as known before the export; `packed` is filled in by `_finish`."""
     names = ("float", "control", "rtn", "rtn_of_control", "fake_quant", "packed")
     perplexity = {name: scores[name].perplexity if name in scores else None for name in names}
-    block = config.data.block_size
+    block, took = config.data.block_size, train.step_seconds
     return {
         "name": config.name,
         "scheme": config.scheme.name,
+        "method": "qat" if train.steps else config.ptq.method,
         "kv": coverage.kv,
         "perplexity": perplexity,
         "kl_to_float": {name: scores[name].kl if name in scores else None for name in names},
@@ -290,8 +296,8 @@ def _results(
         "steps": train.steps,
         "bits_per_weight": coverage.bits_per_weight,
         "bytes": {"float": 4 * coverage.weights, "packed": coverage.bytes},
-        "seconds": {"step_median": statistics.median(train.step_seconds), "training": sum(train.step_seconds)},
-        "tokens_per_second": train.tokens / sum(train.step_seconds),
+        "seconds": {"step_median": statistics.median(took) if took else None, "training": sum(took)},
+        "tokens_per_second": train.tokens / sum(took) if took else None,
         "protocol": PROTOCOL.format(
             block=block, tokens=scores["fake_quant"].tokens, precision=config.evaluate.precision
         ),

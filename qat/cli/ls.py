@@ -1,5 +1,5 @@
-"""What can be chosen: groups of conf/ (schemes, models, data, recipes, sweeps, ...), and the tables in code (observers,
-estimators, formats, kernels). Without a name, all names.
+"""What can be chosen: groups of conf/ (schemes, models, data, recipes, sweeps, ...), and the tables in code (methods,
+observers, estimators, formats, kernels). Without a name, all names.
 
   qat ls            qat ls schemes            qat ls recipes
 """
@@ -13,14 +13,20 @@ from qat.errors import UserError, nearest, problem
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What to list."""
-    parser.add_argument("what", nargs="?", help="a group, or observers, estimators, formats, kernels")
+    parser.add_argument("what", nargs="?", help="a group, or methods, observers, estimators, formats, kernels")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print names with one line each."""
     from qat.cli.compose import SWEEP, groups, list_group
 
-    tables = {"observers": _observers, "estimators": _estimators, "formats": _formats, "kernels": _kernels}
+    tables = {
+        "methods": _methods,
+        "observers": _observers,
+        "estimators": _estimators,
+        "formats": _formats,
+        "kernels": _kernels,
+    }
     known = [*groups(), SWEEP, *tables]
     if args.what in (None, "groups"):
         for name in known:
@@ -48,6 +54,12 @@ def _bits(what: str, name: str) -> str:
 
 def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _methods() -> list[tuple[str, str]]:
+    from qat.ptq import PTQ_METHODS
+
+    return [(name, _first_line(method)) for name, method in PTQ_METHODS.items()]
 
 
 def _observers() -> list[tuple[str, str]]:

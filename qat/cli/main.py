@@ -25,6 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "sweep": ("qat.cli.sweep", "Many runs of one recipe: search or grid, stopped early where hopeless, resumable"),
     "report": ("qat.cli.report", "Make the report of a run or a sweep again"),
     "submit": ("qat.cli.submit", "The same run as a job of a cluster (SLURM), preempted and requeued without loss"),
+    "quantize": (
+        "qat.cli.quantize",
+        "RTN, GPTQ, AWQ, ... without training: quantize, evaluate, export, verify, report",
+    ),
     "evaluate": ("qat.cli.evaluate", "Perplexity of a run (fake and packed) or of an export folder"),
     "export": ("qat.cli.export", "Pack a finished run again"),
     "verify": ("qat.cli.verify", "Prove that an export holds the codes of training"),

@@ -23,8 +23,8 @@ LABELS = {
     "control": "Float control (same training, not quantized)",
     "rtn": "RTN of the float model",
     "rtn_of_control": "RTN of the control",
-    "fake_quant": "QAT, fake-quantized (as trained)",
-    "packed": "QAT, packed (as served)",
+    "fake_quant": "{method}, fake-quantized",
+    "packed": "{method}, packed (as served)",
 }
 LABELS_CONTROL_IS_FLOAT = {
     "control": "Control: the float model itself",
@@ -42,6 +42,11 @@ class ResultRow:
     kl_to_float: float | None
     bits_per_weight: float | None
     bytes: int | None
+
+
+def method_of(results: dict[str, Any]) -> str:
+    """What made the model: QAT, or a post-training method such as GPTQ."""
+    return str(results.get("method") or "qat").upper()
 
 
 def result_rows(results: dict[str, Any]) -> list[ResultRow]:
@@ -62,7 +67,7 @@ def result_rows(results: dict[str, Any]) -> list[ResultRow]:
         rows.append(
             ResultRow(
                 key=key,
-                label=label,
+                label=label.format(method=method_of(results)),
                 perplexity=_first(perplexity.get(key), own.get("perplexity")),
                 kl_to_float=kl.get(key),
                 bits_per_weight=_first(own.get("bits_per_weight"), bits),
@@ -89,11 +94,11 @@ def warnings(results: dict[str, Any] | None, parity: dict[str, Any] | None, stat
     rows = {row.key: row.perplexity for row in result_rows(results or {})}
     packed, rtn = rows["packed"], rows["rtn_of_control"]
     if packed is not None and not math.isfinite(packed):
-        found.append("The perplexity of the packed QAT model is not finite.")
+        found.append("The perplexity of the packed model is not finite.")
     elif packed is not None and rtn is not None and packed > rtn:
         found.append(
-            f"QAT made the model worse: packed perplexity {perplexity_text(packed)}, against {perplexity_text(rtn)} "
-            "from rounding the control to nearest (RTN)."
+            f"{method_of(results or {})} made the model worse: packed perplexity {perplexity_text(packed)}, "
+            f"against {perplexity_text(rtn)} from rounding the control to nearest (RTN)."
         )
     return found
 

@@ -1,8 +1,7 @@
 """The schema of a run: one dataclass per conf group and a doc line under each field.
 
-A default lives here and nowhere else; `conf/` holds chosen values. Pure Python: no Hydra, no torch, so that a wrong
-configuration is refused in well under a second. At the end of the file: chosen values -> schemes, plan, KV grid.
-Ranges and checks across fields are in `checks.py`; composing from YAML and the command line is in `cli/compose.py`.
+A default lives here and nowhere else; `conf/` holds chosen values. Pure Python, so that a wrong configuration is refused
+in well under a second. At the end: chosen values -> schemes, plan, KV grid. Ranges: `checks.py`; YAML: `cli/compose.py`.
 """
 
 from __future__ import annotations

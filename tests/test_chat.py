@@ -59,15 +59,15 @@ def test_question_that_never_fits_is_refused_and_forgotten(talk, capsys):
 
 def test_interrupt_ends_the_answer_only(talk):
     talk.sampling = Sampling(max_tokens=20)
-    run, calls = talk.model.runner.best, []
+    run, calls = talk.model.runner.top, []
 
-    def best(*rows):
+    def top(*rows):
         calls.append(1)
         if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
         return run(*rows)
 
-    talk.model.runner.best = best
+    talk.model.runner.top = top
     assert talk.ask("one", lambda text: None) == 4
     assert len(talk.turns) == 2
     assert talk.ask("two", lambda text: None) == 20

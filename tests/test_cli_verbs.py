@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import files, lines_of
 
-from qat.cli.compose import groups
+from qat.cli.groups import groups
 from qat.observers import OBSERVERS
 
 EXPORT = "export/compressed_tensors"
@@ -20,7 +20,7 @@ def test_ls_names_every_group_and_table(qat):
     code, out, _ = qat("ls")
     assert code == 0
     names = out.split()
-    assert names == [*groups(), "sweep", "observers", "estimators", "formats", "kernels"]
+    assert names == [*groups(), "sweep", "methods", "observers", "estimators", "formats", "kernels"]
     for name in names:
         code, out, _ = qat("ls", name)
         assert code == 0

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from qat.cli import compose
-from qat.cli.compose import SWEEP, compose_run, from_yaml, list_group, to_yaml
+from qat.cli.compose import compose_run, from_yaml, to_yaml
+from qat.cli.groups import SWEEP, list_group
 from qat.config import PhaseConfig, SpecConfig, conf_dir, load_scheme, scheme_from
 from qat.errors import UserError
 from qat.scheme import QuantSpec
@@ -188,7 +189,7 @@ def test_command_that_is_refused_has_not_met_torch(tmp_path):
 def test_mistake_is_reported_without_importing_the_trainer():
     code = (
         "import sys\n"
-        "from qat.cli.compose import SWEEP, compose_run, list_group\n"
+        "from qat.cli.compose import compose_run\nfrom qat.cli.groups import SWEEP, list_group\n"
         "from qat.errors import UserError\n"
         "list_group('schemes')\n"
         "for bad in ('scheme.weight.bit=8', 'optim.lr=-1'):\n"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from qat.cli.compose import compose_run, list_group
+from qat.cli.compose import compose_run
+from qat.cli.groups import list_group
 from qat.config import recipes_dir
 from qat.errors import UserError
 

@@ -59,9 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"progress", "models"},
     "serve": {"errors", "config", "progress", "kernels", "nn", "formats", "models"},
     "checkpoints": {"errors", "ranks", "paths"},
-    "train": {
-        *("errors", "ranks", "signals", "progress", "metrics", "fake_quant", "nn", "models", "data", "checkpoints"),
-    },
+    "train": {"errors", "ranks", "signals", "progress", "metrics", "fake_quant", "nn", "models", "data", "checkpoints"},
     "checkpoint": {"errors", "paths", "checkpoints"},
     "run_folder": {"errors", "progress", "paths", "config"},
     "cluster": {"errors", "paths", "config"},
@@ -73,8 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("convert", "data", "evaluate", "checkpoints", "train", "checkpoint", "run_folder", "export", "build"),
     },
     "verify": {
-        *("errors", "paths", "config", "formats", "convert", "models", "data", "evaluate", "serve", "export"),
-        *("build", "pipeline"),
+        *("errors", "paths", "config", "formats", "convert", "models", "data", "evaluate", "serve", "export", "build"),
+        "pipeline",
     },
     "cli": {
         *("errors", "signals", "progress", "config", "checks", "scaling", "report", "estimators", "observers"),

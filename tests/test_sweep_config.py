@@ -9,8 +9,9 @@ import sys
 import pytest
 import yaml
 
-from qat.cli.compose import from_yaml, list_group
+from qat.cli.compose import from_yaml
 from qat.cli.compose_sweep import compose_sweep
+from qat.cli.groups import list_group
 from qat.config import conf_dir
 from qat.errors import UserError
 from qat.sweep.config import ParameterConfig, SweepConfig, corners, grid
@@ -227,7 +228,7 @@ def test_config_file_is_a_whole_run_in_which_values_may_be_set(qat, tmp_path):
         "seed: 0", "seed: 7"
     )
     (tmp_path / "run.yaml").write_text(text.replace("max_steps: 2", "max_steps: -2"))
-    assert "trainer.max_steps: must be at least 1, got -2" in qat("train", "--config-file", tmp_path / "run.yaml")[2]
+    assert "trainer.max_steps: must be at least 0, got -2" in qat("train", "--config-file", tmp_path / "run.yaml")[2]
 
 
 def test_shipped_sweeps_are_plain_values():

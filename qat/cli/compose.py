@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from qat.checks import check
+from qat.cli.groups import RECIPES, groups, options
 from qat.config import RunConfig, conf_dir, recipes_dir
 from qat.errors import UserError, nearest, problem
 
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
     from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
-RECIPES = "recipes"
 OWN_RECIPE = "own_recipe"
-SWEEP = "sweep"
 TYPES: dict[Any, tuple[str, str]] = {
     int: ("must be a whole number", "Write digits, such as 4."),
     float: ("must be a number", "Write it as 0.1 or 1e-4."),
@@ -122,34 +121,6 @@ def to_yaml(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
-
-
-def list_group(group: str) -> list[tuple[str, str]]:
-    """Name and one-line description of every option of a group (`scheme`, or as people say it, `schemes`)."""
-    known = [*groups(), SWEEP]
-    singular = group if group in known else group.removesuffix("s")
-    if singular not in known:
-        raise UserError(problem("group", "must be a folder of conf", f"'{group}'", nearest(group, known)))
-    return [(file.stem, first_comment(file)) for file in options(singular)]
-
-
-def groups() -> list[str]:
-    """The names of a run's groups: the folders of conf/ but for sweep, and recipes."""
-    return [
-        *sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir() and folder.name != SWEEP),
-        RECIPES,
-    ]
-
-
-def options(group: str) -> list[Path]:
-    """The YAML files of a group, by name."""
-    return sorted((recipes_dir() if group == RECIPES else conf_dir() / group).glob("*.yaml"))
-
-
-def first_comment(file: Path) -> str:
-    """The first comment that is not Hydra's package line, which has to stand before it."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return next((line[1:].strip() for line in lines if line.startswith("#") and "@package" not in line), "")
 
 
 def is_file_name(recipe: object) -> bool:

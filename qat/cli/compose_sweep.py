@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.cli.compose import (
-    RECIPES,
-    SWEEP,
     compose_run,
     is_file_name,
     option_problems,
@@ -24,6 +22,7 @@ from qat.cli.compose import (
     to_object,
     to_yaml,
 )
+from qat.cli.groups import RECIPES, SWEEP
 from qat.config import RunConfig, conf_dir
 from qat.errors import UserError, problem
 from qat.sweep.config import SweepConfig, check_sweep, corners

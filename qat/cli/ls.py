@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print names with one line each."""
-    from qat.cli.compose import SWEEP, groups, list_group
+    from qat.cli.groups import SWEEP, groups, list_group
 
     tables = {
         "methods": _methods,

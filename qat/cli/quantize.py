@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def as_overrides(model: str, given: list[str]) -> list[str]:
     """The overrides of `qat train` for quantizing `model` without training; what the user gave counts."""
-    from qat.cli.compose import options
+    from qat.cli.groups import options
     from qat.errors import UserError, nearest, problem
 
     if "=" in model:

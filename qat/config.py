@@ -1,7 +1,7 @@
 """The schema of a run: one dataclass per conf group and a doc line under each field.
 
-A default lives here and nowhere else; `conf/` holds chosen values. Pure Python, so that a wrong configuration is refused
-in well under a second. At the end: chosen values -> schemes, plan, KV grid. Ranges: `checks.py`; YAML: `cli/compose.py`.
+A default lives here and nowhere else; `conf/` holds chosen values. Pure Python, so that a wrong one is refused in well
+under a second. At the end: chosen values -> schemes, plan, KV grid. Ranges: `checks.py`. YAML: `cli/compose.py`.
 """
 
 from __future__ import annotations

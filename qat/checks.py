@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import reduce
 from typing import Any
 
-from qat.config import RunConfig, kv_spec, plan_from
+from qat.config import KvConfig, RunConfig, kv_spec, plan_from
 from qat.errors import UserError, nearest, problem
 
 PHASES = ("observe", "fake_quantize", "freeze_scales", "bits")
@@ -59,6 +60,8 @@ AT_LEAST: dict[str, int] = {
     "seed": 0,
     "data.block_size": 8,
     "data.eval_tokens": 1,
+    "kv.sink_tokens": 0,
+    "kv.recent_tokens": 0,
     "fake_quant.calibration_batches": 0,
     "optim.weight_decay": 0,
     "optim.grad_clip": 0,
@@ -182,6 +185,10 @@ def schemes(config: RunConfig) -> Iterator[str]:
     if config.scheme.weight.dynamic:
         fix = "Use fake_quant.weight_scale=dynamic for scales that follow the weights."
         yield problem("scheme.weight.dynamic", "only inputs have it", True, fix)
+    unused = [f.name for f in fields(KvConfig) if f.name != "bits" and getattr(config.kv, f.name) != f.default]
+    if config.kv.bits is None and unused:
+        fix = "Set kv.bits=4 (or use kv=kv4), or drop it."
+        yield problem(f"kv.{unused[0]}", "a float cache has no grid", getattr(config.kv, unused[0]), fix)
     try:
         kv_spec(config.kv)
     except UserError as error:

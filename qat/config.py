@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from qat.errors import UserError, nearest, problem
-from qat.scheme import KEEP, PlanRule, QuantPlan, QuantScheme, QuantSpec
+from qat.errors import UserError, collected, nearest, problem
+from qat.scheme import KEEP, KvSpec, PlanRule, QuantPlan, QuantScheme, QuantSpec
 
 SAME = "same"
 
@@ -87,9 +87,17 @@ class SchemeConfig:
 @dataclass
 class KvConfig:
     bits: int | None = None
-    """Bits of keys and values, per token and head, dynamic; None keeps the cache float."""
+    """Bits of keys and values, dynamic, values per token and head; None keeps the cache float."""
     symmetric: bool = True
     """Zero point fixed at code 0."""
+    key_axis: str = "token"
+    """What shares a scale of keys: token (a head's vector) or channel (group_size tokens of one channel)."""
+    group_size: int | None = None
+    """Tokens that share the scale of a channel, with key_axis=channel."""
+    sink_tokens: int = 0
+    """First tokens of a sequence that stay float."""
+    recent_tokens: int = 0
+    """Newest tokens, as a query sees them, that stay float."""
 
 
 @dataclass
@@ -108,6 +116,8 @@ class PlanConfig:
     """Scheme of token table and output head (one matrix when tied); keep, or same for the run's scheme."""
     max_unsupported: float = 0.1
     """The run refuses when a larger share of the weights is of layers that have no grid and that no rule keeps."""
+    sensitivity: str | None = None
+    """A sensitivity.json that `qat sensitivity` wrote; the run keeps a copy and its report draws it."""
 
 
 @dataclass
@@ -316,22 +326,18 @@ class RunConfig:
 
 
 def conf_dir() -> Path:
-    """The folder of the conf groups: inside the installed package, or at the root of a checkout."""
+    """The folder of the conf groups, recipes beside it: inside the installed package, or at the root of a checkout."""
     package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "train.yaml").is_file():
-            return folder
+    for root in (package, package.parent):
+        if (root / "conf/train.yaml").is_file() and (root / "recipes").is_dir():
+            return root / "conf"
     fix = "Install the wheel again, or run from a whole checkout."
-    raise UserError(problem("conf", f"must stand in {package} or beside it", "no conf/train.yaml", fix))
+    raise UserError(problem("conf and recipes", f"must stand in {package} or beside it", "not there", fix))
 
 
 def recipes_dir() -> Path:
-    """The folder of the shipped recipes; it stands beside conf."""
-    folder = conf_dir().parent / "recipes"
-    if not folder.is_dir():
-        fix = "Install the wheel again, or run from a whole checkout."
-        raise UserError(problem("recipes", f"must stand in {folder.parent}", "no such folder", fix))
-    return folder
+    """The folder of the shipped recipes."""
+    return conf_dir().parent / "recipes"
 
 
 def spec_from(config: SpecConfig, where: str, is_activation: bool) -> QuantSpec:
@@ -345,17 +351,12 @@ def spec_from(config: SpecConfig, where: str, is_activation: bool) -> QuantSpec:
 
 def scheme_from(config: SchemeConfig) -> QuantScheme:
     """The validated scheme; UserError names every impossible field of both grids."""
-    specs: dict[str, QuantSpec] = {}
     problems: list[str] = []
-    for part, spec in (("weight", config.weight), ("input", config.input)):
-        try:
-            if spec is not None:
-                specs[part] = spec_from(spec, f"scheme.{part}", is_activation=part == "input")
-        except UserError as error:
-            problems += error.problems
-    if problems:
+    weight = collected(problems, spec_from, config.weight, "scheme.weight", False)
+    given = collected(problems, spec_from, config.input, "scheme.input", True) if config.input else None
+    if problems or weight is None:
         raise UserError(*problems)
-    return QuantScheme(config.name, specs["weight"], specs.get("input"))
+    return QuantScheme(config.name, weight, given)
 
 
 def load_scheme(name: str, where: str = "scheme") -> QuantScheme:
@@ -370,31 +371,23 @@ def load_scheme(name: str, where: str = "scheme") -> QuantScheme:
 
 def plan_from(config: RunConfig) -> QuantPlan:
     """Which layer gets which scheme; UserError names every unknown or impossible one."""
-    own: list[QuantScheme] = []
     problems: list[str] = []
-    try:
-        own.append(scheme_from(config.scheme))
-    except UserError as error:
-        problems += error.problems
+    own = collected(problems, scheme_from, config.scheme)
 
     def chosen(where: str, name: str) -> QuantScheme | None:
-        try:
-            return None if name == KEEP else load_scheme(name, where)
-        except UserError as error:
-            problems.extend(error.problems)
-            return None
+        return None if name == KEEP else collected(problems, load_scheme, name, where)
 
-    rules = tuple(
-        PlanRule(rule.match, chosen(f"plan.rules.{i}.scheme", rule.scheme)) for i, rule in enumerate(config.plan.rules)
-    )
-    embedding = None if config.plan.embedding == SAME else chosen("plan.embedding", config.plan.embedding)
-    if problems:
+    given = enumerate(config.plan.rules)
+    rules = tuple(PlanRule(rule.match, chosen(f"plan.rules.{i}.scheme", rule.scheme)) for i, rule in given)
+    embedding = own if config.plan.embedding == SAME else chosen("plan.embedding", config.plan.embedding)
+    if problems or own is None:
         raise UserError(*problems)
-    return QuantPlan(rules, own[0], own[0] if config.plan.embedding == SAME else embedding)
+    return QuantPlan(rules, own, embedding)
 
 
-def kv_spec(config: KvConfig) -> QuantSpec | None:
-    """The grid of keys and values, one scale per token and head taken at run time; None for a float cache."""
+def kv_spec(config: KvConfig) -> KvSpec | None:
+    """The grid of keys and values, scales taken at run time; None for a float cache."""
     if config.bits is None:
         return None
-    return spec_from(SpecConfig(config.bits, config.symmetric, "token", dynamic=True), "kv", is_activation=True)
+    spec = spec_from(SpecConfig(config.bits, config.symmetric, "token", dynamic=True), "kv", is_activation=True)
+    return KvSpec(spec, config.key_axis, config.group_size, config.sink_tokens, config.recent_tokens)

@@ -19,10 +19,10 @@ from qat.grid import QParams
 from qat.insert import Coverage
 from qat.nn.quant import input_fake_quants, quantized_weights
 from qat.packing import pack
-from qat.scheme import QuantSpec
+from qat.scheme import KvSpec
 
 
-def pack_model(model: nn.Module, coverage: Coverage, hf_config: dict, kv: QuantSpec | None) -> PackedModel:
+def pack_model(model: nn.Module, coverage: Coverage, hf_config: dict, kv: KvSpec | None) -> PackedModel:
     """Pack every quantized weight of a training model.
 
     Raises:

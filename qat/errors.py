@@ -6,8 +6,11 @@ when nothing has been done yet (`before_work`), else 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -34,3 +37,12 @@ def nearest(word: str, known: Sequence[str]) -> str:
         return f"Did you mean '{close[0]}'?"
     shown = ", ".join(sorted(known)[:20])
     return f"Known: {shown}."
+
+
+def collected(problems: list[str], make: Callable[..., T], *given: Any) -> T | None:
+    """What `make` returns; None when it raises a UserError, whose lines are added to `problems`."""
+    try:
+        return make(*given)
+    except UserError as error:
+        problems.extend(error.problems)
+        return None

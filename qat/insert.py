@@ -93,7 +93,7 @@ class Coverage:
 
 
 @dataclass
-class _Site:
+class Site:
     """Where a weight sits: enough to swap it."""
 
     layer: Layer
@@ -133,7 +133,7 @@ def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, max_uns
     return coverage
 
 
-def survey(model: nn.Module, plan: QuantPlan) -> tuple[list[_Site], Coverage]:
+def survey(model: nn.Module, plan: QuantPlan) -> tuple[list[Site], Coverage]:
     """Every weight that could be quantized with the plan's decision, and the coverage of all parameters."""
     tables = {id(m) for m in (_call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")) if m}
     coverage, sites = Coverage(), []
@@ -169,7 +169,7 @@ def _call(model: nn.Module, method: str) -> nn.Module | None:
     return getattr(model, method)() if hasattr(model, method) else None
 
 
-def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[_Site]:
+def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[Site]:
     """The quantizable weights that `module` itself owns."""
     parent = model.get_submodule(module_name.rpartition(".")[0])
     attribute = module_name.rpartition(".")[2]
@@ -180,7 +180,7 @@ def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[_S
         weight: Tensor = getattr(module, "weight")  # noqa: B009 - nn.Module has no such attribute for the type checker
         shape = tuple(weight.shape) if kind != "conv1d" else tuple(weight.shape[::-1])
         layer = Layer(f"{module_name}.weight", kind, shape, weight.numel())
-        yield _Site(layer, parent, attribute, module, weight, kind == "conv1d")
+        yield Site(layer, parent, attribute, module, weight, kind == "conv1d")
         return
     if type(module).__module__.startswith("torch.nn."):
         return  # convolutions and the like: a 3-D kernel is no stack of experts
@@ -190,10 +190,10 @@ def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[_S
             e, n, k = parameter.shape
             shape = (e, k, n) if transposed else (e, n, k)
             layer = Layer(f"{module_name}.{name}", "experts", shape, parameter.numel())
-            yield _Site(layer, module, name, module, parameter, transposed)
+            yield Site(layer, module, name, module, parameter, transposed)
 
 
-def _decide(site: _Site, plan: QuantPlan, is_table: bool, owner: str, coverage: Coverage) -> None:
+def _decide(site: Site, plan: QuantPlan, is_table: bool, owner: str, coverage: Coverage) -> None:
     """Write scheme, reason and bytes into the site's layer; record it in the coverage."""
     layer = site.layer
     module_name = layer.name.removesuffix(".weight")
@@ -225,7 +225,7 @@ def _decide(site: _Site, plan: QuantPlan, is_table: bool, owner: str, coverage: 
     coverage.layers.append(layer)
 
 
-def _swap(site: _Site, scheme: QuantScheme, options: FakeQuantOptions, owners: dict[int, FakeQuantize]) -> None:
+def _swap(site: Site, scheme: QuantScheme, options: FakeQuantOptions, owners: dict[int, FakeQuantize]) -> None:
     """Replace one float layer; a tied weight shares one FakeQuantize."""
     weight_fq = owners.get(id(site.weight))
     if weight_fq is None:

@@ -57,6 +57,10 @@ class RunFolder:
         if not is_main():
             return cls(path)
         check_free(path, config.overwrite)
+        told = config.plan.sensitivity
+        if told is not None and not Path(told).is_file():
+            fix = "Check the path; relative paths start at the working directory. Or set plan.sensitivity=null."
+            raise UserError(problem("plan.sensitivity", "must be a file", f"'{told}'", fix))
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _hold(path)
@@ -69,6 +73,8 @@ class RunFolder:
             fix = "Choose another runs_dir, or make it writable."
             raise UserError(problem(str(path), "must be a writable folder", error.strerror, fix)) from None
         write_text_atomic(path / "resolved.yaml", resolved)
+        if told is not None:
+            shutil.copyfile(told, path / "sensitivity.json")
         folder = cls(path, _manifest(config, threads), lock=lock)
         folder.record()
         folder.stage("loading", step=0)

@@ -1,4 +1,4 @@
-"""QuantSpec, QuantScheme, QuantPlan: which grid a tensor gets. Frozen data, validated, no tensors, no torch.
+"""QuantSpec, KvSpec, QuantScheme, QuantPlan: which grid a tensor gets. Frozen data, validated, no tensors, no torch.
 
 A spec is the grid of one tensor; a scheme is what one layer gets; a plan maps layer names to schemes.
 How a float becomes a code is in `grid.py`, not here.
@@ -9,7 +9,7 @@ Letters: N out_features, K in_features, G groups per row, S group size.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -83,6 +83,60 @@ class QuantSpec:
         size = f"g{self.group_size}" if self.group_size else self.granularity
         mode = " dynamic" if self.dynamic and self.granularity != "token" else ""
         return f"int{self.bits} {'sym' if self.symmetric else 'asym'} {size}{mode}"
+
+
+@dataclass(frozen=True)
+class KvSpec:
+    """The grid of a cache: `values` is that of every head's vector of values, and of keys when `key_axis` is token.
+
+    With `key_axis` channel, `group_size` tokens of one channel of keys share a scale, groups counted from the first
+    token that is not a sink. The first `sink_tokens` stay float, and for each query its newest `recent_tokens`, itself
+    included; a group of keys stays float until all of it is older than that.
+    Source: per-channel keys and per-token values: Liu et al., KIVI, arXiv:2402.02750; float sink tokens: Xiao et al.,
+    arXiv:2309.17453, and Hooper et al., KVQuant, arXiv:2401.18079.
+    """
+
+    values: QuantSpec
+    key_axis: str = "token"
+    group_size: int | None = None
+    sink_tokens: int = 0
+    recent_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.key_axis not in ("token", "channel"):
+            fix = nearest(str(self.key_axis), ("token", "channel"))
+            problems.append(problem("kv.key_axis", "must be token or channel", self.key_axis, fix))
+        size = self.group_size
+        if self.key_axis == "channel" and (type(size) is not int or size < 2):
+            fix = "Set kv.group_size=32."
+            problems.append(problem("kv.group_size", "key_axis=channel needs at least 2 tokens", size, fix))
+        if self.key_axis == "token" and size is not None:
+            fix = "Drop kv.group_size, or set kv.key_axis=channel."
+            problems.append(problem("kv.group_size", "key_axis=token takes no group size", size, fix))
+        for name, count in (("sink_tokens", self.sink_tokens), ("recent_tokens", self.recent_tokens)):
+            if type(count) is not int or count < 0:  # from a file; of a run, checks.py says it first
+                problems.append(problem(f"kv.{name}", "must be a count of tokens", count, f"Use kv.{name}=32 or 0."))
+        if problems:
+            raise UserError(*problems)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every token is on the grid of `values`, whatever query reads it."""
+        return self.key_axis == "token" and not self.sink_tokens and not self.recent_tokens
+
+    @property
+    def keys(self) -> QuantSpec:
+        """The grid of keys; with `key_axis` channel of [..., channels, tokens], in groups along the tokens."""
+        if self.key_axis == "token":
+            return self.values
+        return replace(self.values, granularity="group", group_size=self.group_size)
+
+    def describe(self) -> str:
+        """A short reading such as `int4 asym token, keys per channel g32, 4 sink and 32 recent tokens float`."""
+        keys = f", keys per channel g{self.group_size}" if self.key_axis == "channel" else ""
+        kept = f", {self.sink_tokens} sink and {self.recent_tokens} recent tokens float"
+        return self.values.describe() + keys + (kept if self.sink_tokens or self.recent_tokens else "")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from qat import grid
 from qat.formats.packed_model import PackedModel
 from qat.grid import QParams
 from qat.packing import pack
-from qat.scheme import QuantScheme, QuantSpec
+from qat.scheme import KvSpec, QuantScheme, QuantSpec
 
 W8 = QuantScheme("w8a16", QuantSpec(8))
 TOKENS = QuantSpec(8, granularity="token", dynamic=True, scale_dtype="float32", is_activation=True)
@@ -71,5 +71,6 @@ def full_model(bits: int, symmetric: bool, granularity: str) -> PackedModel:
         EXPERTS: (a16, "experts", (3, 5, 96)),
     }
     inputs = {"model.up_proj": QParams(torch.tensor([0.0625]), torch.tensor([-3], dtype=torch.int32))}
-    kv = QuantSpec(4, symmetric, "token", dynamic=True, is_activation=True)
+    values = QuantSpec(4, symmetric, "token", dynamic=True, is_activation=True)
+    kv = KvSpec(values, "channel", 16, 4, 32) if granularity == "group" else KvSpec(values)
     return small_model(layers, tied={HEAD: EMBED}, input_qparams=inputs, kv=kv)

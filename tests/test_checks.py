@@ -25,7 +25,7 @@ from qat.config import (
     scheme_from,
 )
 from qat.errors import UserError
-from qat.scheme import QuantSpec
+from qat.scheme import KvSpec, QuantSpec
 
 
 def valid() -> RunConfig:
@@ -95,6 +95,8 @@ REFUSED = [
     ("scheme.input", SpecConfig(), "inputs are quantized per token or per tensor"),
     ("kv.bits", 1, "^kv.bits: must be a whole number from 2 to 8"),
     ("kv.bits", 9, "^kv.bits: must be a whole number from 2 to 8"),
+    ("kv.recent_tokens", 32, "^kv.recent_tokens: a float cache has no grid, got 32. Set kv.bits=4"),
+    ("kv", KvConfig(4, key_axis="channel"), "^kv.group_size: key_axis=channel needs at least 2 tokens"),
     ("plan.embedding", "w8a17", r"^plan.embedding: must be a file in conf/scheme, got 'w8a17'. Did you mean 'w8a16'\?"),
     ("plan.rules", [RuleConfig("*", "../train")], "^plan.rules.0.scheme: must be a file in conf/scheme"),
     ("fake_quant.estimator", "lsq", "^fake_quant: weight_scale=learned goes with"),
@@ -181,4 +183,4 @@ def test_kv_spec_is_per_token_and_dynamic():
     assert kv_spec(KvConfig()) is None
     for bits, symmetric in ((8, True), (4, False)):
         expected = QuantSpec(bits, symmetric, "token", dynamic=True, scale_dtype="float32", is_activation=True)
-        assert kv_spec(KvConfig(bits, symmetric)) == expected
+        assert kv_spec(KvConfig(bits, symmetric)) == KvSpec(expected)

@@ -90,6 +90,7 @@ def test_run_is_verified_in_a_fresh_process(tmp_path, tiny_text, tiny_model_dir,
 CHOICES = {
     "kv8": ["kv=kv8"],
     "kv4": ["kv=kv4"],
+    "kv4-channel": ["kv=kv4_channel", "kv.group_size=8", "kv.recent_tokens=4"],
     "lsq": ["fake_quant=learned", "optim.scale_lr=0.01", "scheme=w4a16_g32"],
     "lsq-w8a8": ["fake_quant=learned", "scheme=w8a8"],
     "lsq_plus": ["fake_quant=learned", "fake_quant.estimator=lsq_plus", "scheme=w4a16_g32_asym", "optim.scale_lr=0.01"],

@@ -183,6 +183,11 @@ def test_forward_refuses_positions_outside_the_cache(tiny_model_dir):
 def test_engine_says_which_models_it_cannot_run(tiny_gpt2_dir, tiny_mixtral_dir, tiny_model_dir):
     assert "gpt2 is not one of" in str(refuses(packed_model(tiny_gpt2_dir, "w4a16_g32")))
     assert "mixtral is not one of" in str(refuses(packed_model(tiny_mixtral_dir, "w4a16_g32")))
+    packed = packed_model(tiny_model_dir, "w4a16_g32")
+    packed.kv = kv_spec(KvConfig(8, True, "channel", 32))
+    assert "a cache of int8 sym token, keys per channel g32 is not supported yet" in str(refuses(packed))
+    packed.kv = kv_spec(KvConfig(8, recent_tokens=8))
+    assert "0 sink and 8 recent tokens float is not supported yet" in str(refuses(packed))
     with pytest.raises(UserError, match=r"engine: must be able .* stored input grids with zero points are not"):
         scheme = load_scheme("w8a8_static")
         Engine(with_stored_inputs(packed_model(tiny_model_dir, "w8a8"), replace(scheme.input, symmetric=False)))

@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "paths", "config"},
     "data": {"errors", "paths", "config"},
     "evaluate": {"progress", "models"},
+    "sensitivity": {"errors", "progress", "paths", "scheme", "grid", "observers", "insert", "models"},
     "serve": {"errors", "config", "progress", "kernels", "nn", "formats", "models"},
     "checkpoints": {"errors", "ranks", "paths"},
     "train": {"errors", "ranks", "signals", "progress", "metrics", "fake_quant", "nn", "models", "data", "checkpoints"},
@@ -75,9 +76,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "pipeline",
     },
     "cli": {
-        *("errors", "signals", "progress", "config", "checks", "scaling", "report", "estimators", "observers"),
-        *("kernels", "ptq", "formats", "convert", "models", "data", "evaluate", "serve", "run_folder", "cluster"),
-        *("export", "sweep", "build", "pipeline", "verify"),
+        *("errors", "signals", "progress", "paths", "config", "checks", "scaling", "report", "estimators", "observers"),
+        *("kernels", "insert", "ptq", "formats", "convert", "models", "data", "evaluate", "sensitivity", "serve"),
+        *("checkpoint", "run_folder", "cluster", "export", "sweep", "build", "pipeline", "verify"),
     },
 }
 # Arrows that no later table may draw.
@@ -103,8 +104,7 @@ ONLY_IN = {
 }
 
 FORBIDDEN_WORDS = ("Manager", "Handler", "Proxy", "Helper", "Wrapper", "Impl", "Mixin", "Quantizer")
-NUMERIC_ROOMS = ("grid", "estimators", "packing", "kernels/reference", "nn/", "ptq/", "train/losses", "evaluate/")
-NUMERIC_ROOMS += ("observers/",)
+NUMERIC_ROOMS = ("grid", "estimators", "packing", "kernels/reference", "nn/", "ptq/", "train/losses", "eval", "observ")
 # torch and Lightning say what these do; only our own reason for a layer is told, in the class.
 FRAMEWORK_METHODS = re.compile(r"forward|backward|extra_repr|training_step|on_\w+")
 # Environment variables read while a module is imported. None is needed.
@@ -382,7 +382,7 @@ def test_command_of_a_readme_can_be_typed(file, line):
         words = words[words.index("qat.cli.main") :]
     assert words[1] in VERBS
     overrides = [word for word in words[2:] if re.match(r"\+?[\w.]+=", word)]
-    if words[1] in ("train", "plan", "submit"):
+    if words[1] in ("train", "plan", "submit", "sensitivity"):
         paths = [] if any("recipe=" in word for word in overrides) else ["model.path=m", "data.path=d"]
         given = {word.split("=")[0] for word in overrides}
         assert compose_run([*overrides, *(path for path in paths if path.split("=")[0] not in given)])

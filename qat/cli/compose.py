@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
-OWN_RECIPE = "own_recipe"
+OWN = "own_file"  # stands for what a file of the user's own says
 TYPES: dict[Any, tuple[str, str]] = {
     int: ("must be a whole number", "Write digits, such as 4."),
     float: ("must be a number", "Write it as 0.1 or 1e-4."),
@@ -42,7 +42,7 @@ VALUES_ONLY = "A configuration holds values only; no object is built from a name
 def compose_run(
     overrides: list[str], more: dict[str, Any] | None = None, composed: dict[str, DictConfig] | None = None
 ) -> RunConfig:
-    """The checked run that `overrides` describe: `group=option`, `recipe=NAME or FILE.yaml`, `dotted.key=value`.
+    """The checked run that `overrides` describe: `group=option`, `recipe` or `plan=NAME or FILE.yaml`, `key=value`.
 
     The last of several settings of one key counts, with a warning on stderr. `more` holds further settings as values;
     they win. `composed` keeps what Hydra made of a choice of groups, for callers that compose many runs at once.
@@ -53,24 +53,23 @@ def compose_run(
     given, problems = read_overrides(overrides)
     given |= more or {}
     choices = {key: value for key, value in given.items() if key in groups()}
-    recipe = choices.get(RECIPES)
-    if recipe is not None and is_file_name(recipe):
-        choices[RECIPES] = OWN_RECIPE
-    wrong = {group: option_problems(group, option) for group, option in choices.items() if option != OWN_RECIPE}
+    own = {group: Path(choices[group]) for group in (RECIPES, "plan") if is_file_name(choices.get(group))}
+    wrong = {group: option_problems(group, option) for group, option in choices.items() if group not in own}
+    contents: dict[str, Any] = {}
+    for group, file in own.items():
+        contents[group], wrong[group] = read_yaml(file, place="" if group == RECIPES else f"{group}.")
+    if RECIPES in choices and RECIPES not in own and not wrong[RECIPES]:
+        wrong[RECIPES] = read_yaml(recipes_dir() / f"{choices[RECIPES]}.yaml")[1]
     problems += [line for lines in wrong.values() for line in lines]
-    content: dict[str, Any] = {}
-    if recipe is not None and not wrong.get(RECIPES):
-        content, found = read_yaml(Path(recipe) if is_file_name(recipe) else recipes_dir() / f"{recipe}.yaml")
-        problems += found
-        wrong[RECIPES] = found
+    choices |= dict.fromkeys(own, OWN)
     values = {key: value for key, value in given.items() if key not in choices}
     readable = {group: option for group, option in choices.items() if not wrong.get(group)}
-    return complete(readable, content, values, problems, {} if composed is None else composed)
+    return complete(readable, contents, values, problems, {} if composed is None else composed)
 
 
 def complete(
     choices: dict[str, Any],
-    content: dict[str, Any],
+    contents: dict[str, Any],
     values: dict[str, Any],
     before: list[str],
     composed: dict[str, DictConfig],
@@ -80,10 +79,10 @@ def complete(
     After a problem the rest may be wrong for that reason alone: then only what is wrong with a given value is told.
     """
     problems = list(before)
-    groups_key = str(sorted(choices.items()))
+    groups_key = str((sorted(choices.items()), contents))
     try:
         if groups_key not in composed:
-            composed[groups_key] = compose_groups(choices, content)
+            composed[groups_key] = compose_groups(choices, contents)
         config = copy.deepcopy(composed[groups_key])
         problems += [line for key, value in values.items() for line in set_value(config, key, value)]
         run = settle(config)
@@ -123,9 +122,9 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
-def is_file_name(recipe: object) -> bool:
-    """Whether `recipe=` names a file of the user's own rather than a shipped recipe."""
-    return isinstance(recipe, str) and ("/" in recipe or recipe.endswith((".yaml", ".yml")))
+def is_file_name(option: object) -> bool:
+    """Whether `recipe=` or `plan=` names a file of the user's own rather than a shipped one."""
+    return isinstance(option, str) and ("/" in option or option.endswith((".yaml", ".yml")))
 
 
 def read_overrides(overrides: list[str], schema: type = RunConfig) -> tuple[dict[str, Any], list[str]]:
@@ -141,8 +140,8 @@ def read_overrides(overrides: list[str], schema: type = RunConfig) -> tuple[dict
         value: Any
         key, _, value = text.partition("=")
         # A file name may hold what Hydra's grammar cannot
-        if key in ("recipe", RECIPES):
-            key = RECIPES
+        if key in ("recipe", RECIPES) or (key == "plan" and is_file_name(value)):
+            key = "plan" if key == "plan" else RECIPES
         else:
             try:
                 override = parser.parse_override(text)
@@ -224,8 +223,8 @@ def option_problems(group: str, option: Any) -> list[str]:
     return [problem(group, f"must be a file in {'' if group == RECIPES else 'conf/'}{group}", f"'{option}'", fix)]
 
 
-def read_yaml(file: Path, schema: type = RunConfig) -> tuple[dict[str, Any], list[str]]:
-    """A file's content, and a line for every key or value in it that does not fit the schema."""
+def read_yaml(file: Path, schema: type = RunConfig, place: str = "") -> tuple[dict[str, Any], list[str]]:
+    """A file's content, and a line for every key or value in it that does not fit the schema at `place`."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -240,7 +239,7 @@ def read_yaml(file: Path, schema: type = RunConfig) -> tuple[dict[str, Any], lis
         return {}, [problem(str(file), "must hold key: value lines", "something else", "See recipes/tiny.yaml.")]
     scratch = OmegaConf.structured(schema)
     problems = []
-    for key, value in leaves({k: v for k, v in content.items() if k != "defaults"}, ""):
+    for key, value in leaves({k: v for k, v in content.items() if k != "defaults"}, place):
         problems += set_value(scratch, key, value, f"{file}: ", schema)
     return cast("dict[str, Any]", content), problems
 
@@ -309,8 +308,8 @@ def yaml_problem(error: yaml.MarkedYAMLError, file: str) -> str:
     )
 
 
-def compose_groups(choices: dict[str, Any], own_recipe: dict[str, Any]) -> DictConfig:
-    """Hydra's composition of train.yaml with one option for each group, and the recipe last."""
+def compose_groups(choices: dict[str, Any], own: dict[str, Any]) -> DictConfig:
+    """Hydra's composition of train.yaml with one option for each group, the recipe last; `own` are users' files."""
     import yaml
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -319,8 +318,8 @@ def compose_groups(choices: dict[str, Any], own_recipe: dict[str, Any]) -> DictC
 
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
-    if choices.get(RECIPES) == OWN_RECIPE:
-        store.store(group=RECIPES, name=OWN_RECIPE, node=own_recipe, package="_global_")
+    for group in (group for group, name in choices.items() if name == OWN):
+        store.store(group=group, name=OWN, node=own[group], package="_global_" if group == RECIPES else group)
     # Recipes are a group too, but stand outside conf
     folder = str(recipes_dir().parent).replace("\\", "\\\\").replace('"', '\\"')
     overrides = [f'hydra.searchpath=["file://{folder}"]', *(f"{group}={name}" for group, name in choices.items())]
@@ -338,7 +337,7 @@ def composition_problem(error: Exception) -> str:
     from hydra.errors import MissingConfigException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-    first, _, rest = str(error).replace(f"'{RECIPES}/{OWN_RECIPE}'", "the recipe").partition("\n")
+    first, _, rest = str(error).replace(f"'{RECIPES}/{OWN}'", "the recipe").partition("\n")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         hint = nearest(name, list(error.options or []))

@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("qat.cli.doctor", "What this machine has: versions, CPU, compiler, kernels, write access"),
     "ls": ("qat.cli.ls", "List schemes, recipes, models, data, observers, formats"),
     "plan": ("qat.cli.plan", "Dry run: what every layer gets, bits per weight, memory, and every error at once"),
+    "sensitivity": ("qat.cli.sensitivity", "How much each layer loses at each width, and the best plan for a budget"),
     "train": ("qat.cli.train", "A whole run: load, calibrate, train, evaluate, export, verify, report"),
     "resume": ("qat.cli.resume", "Go on with a run that stopped, bit for bit"),
     "sweep": ("qat.cli.sweep", "Many runs of one recipe: search or grid, stopped early where hopeless, resumable"),

@@ -14,13 +14,13 @@ Reading trusts nothing: every type is checked before a value is used.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from qat import __version__
 from qat.errors import UserError, problem
 from qat.formats.packed_model import FIX, PackedModel
-from qat.scheme import QuantScheme, QuantSpec
+from qat.scheme import KvSpec, QuantScheme, QuantSpec
 
 KEY = "qat"
 FORMAT_VERSION = 1
@@ -69,7 +69,7 @@ def read_facts(config: dict[str, Any], where: str) -> tuple[PackedModel, list[st
         read_scheme(f"{where} qat.schemes[{index}]", scheme)
         for index, scheme in enumerate(expect_type(f"{where} qat.schemes", given.get("schemes"), list))
     ]
-    kv = None if given.get("kv") is None else read_spec(f"{where} qat.kv", given["kv"])
+    kv = None if given.get("kv") is None else read_kv(f"{where} qat.kv", given["kv"])
     tied = expect_type(f"{where} qat.tied", given.get("tied"), dict)
     floats = expect_type(f"{where} qat.floats", given.get("floats"), list)
     for name in (*tied.values(), *floats):
@@ -94,6 +94,21 @@ def read_scheme(where: str, given: Any) -> QuantScheme:
     if weight.is_activation or weight.dynamic or (inputs is not None and not inputs.is_activation):
         raise UserError(problem(where, "weight grids are stored, input grids are of activations", given, FIX))
     return QuantScheme(name, weight, inputs)
+
+
+def read_kv(where: str, given: Any) -> KvSpec:
+    """The grid of a cache from its JSON."""
+    expect_type(where, given, dict)
+    wanted = {field.name for field in fields(KvSpec)}
+    if set(given) != wanted:
+        raise UserError(problem(where, f"must hold {', '.join(sorted(wanted))}", given, FIX))
+    values = read_spec(f"{where}.values", given["values"])
+    if values.granularity != "token" or not values.is_activation:
+        raise UserError(problem(f"{where}.values", "values are quantized per token", given["values"], FIX))
+    try:
+        return KvSpec(**given | {"values": values})
+    except UserError as error:
+        raise UserError(*(f"{where}: {line}" for line in error.problems)) from None
 
 
 def read_spec(where: str, given: Any) -> QuantSpec:

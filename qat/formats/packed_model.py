@@ -16,7 +16,7 @@ from qat import grid
 from qat.errors import UserError, problem
 from qat.grid import QParams
 from qat.packing import PackedTensor, scale_problems
-from qat.scheme import QuantScheme, QuantSpec
+from qat.scheme import KvSpec, QuantScheme, QuantSpec
 
 KINDS = ("linear", "conv1d", "embedding", "experts")
 FIX = "The file is damaged or was not written by qat: export again."
@@ -39,7 +39,7 @@ class PackedModel:
     input_qparams: dict[str, QParams]
     floats: dict[str, Tensor]
     config: dict[str, Any]
-    kv: QuantSpec | None
+    kv: KvSpec | None
     modules: dict[str, str]
 
     def check(self) -> None:

@@ -222,6 +222,42 @@ def draw_bytes(record: RunRecord) -> Figure | None:
     return figure
 
 
+def draw_sensitivity(record: RunRecord) -> Figure | None:
+    """A panel per candidate scheme, kinds of layers by blocks, coloured by KL on a log scale; dots are the choice."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    content = record.sensitivity or {}
+    # a unit of several layers fills the cells of all of them
+    named = [(unit, *block_and_kind(name)) for unit in content.get("layers") or [] for name in unit["names"]]
+    cells = [(unit, block, kind) for unit, block, kind in named if block is not None]
+    if not cells:
+        return None
+    kinds, names = list(dict.fromkeys(kind for _, _, kind in cells)), content["candidates"]
+    blocks = sorted({block for _, block, _ in cells})
+    values = np.full((len(names), len(kinds), len(blocks)), np.nan)
+    for unit, block, kind in cells:
+        for place, name in enumerate(names):
+            values[place, kinds.index(kind), blocks.index(block)] = max(unit["kl"][name], 1e-9)
+    figure, panels = _figure((0.2 * len(kinds) + 0.5) * len(names) + 0.6, rows=len(names))
+    panels = np.atleast_1d(panels)
+    scale = LogNorm(np.nanmin(values), np.nanmax(values))
+    for panel, name, grid in zip(panels, names, values, strict=True):
+        panel.grid(visible=False)
+        panel.set_facecolor(LIGHT)
+        image = panel.imshow(grid, cmap="cividis", aspect="auto", norm=scale)
+        chosen = [(blocks.index(b), kinds.index(k)) for unit, b, k in cells if unit.get("chosen") == name]
+        if chosen:
+            panel.scatter(*zip(*chosen, strict=True), s=14, c="white", edgecolors="black", linewidths=0.6)
+        panel.set_yticks(range(len(kinds)), kinds, fontsize=7)
+        panel.set_ylabel(name, fontsize=9)
+    panels[-1].set_xticks(range(0, len(blocks), len(blocks) // 32 + 1), blocks[:: len(blocks) // 32 + 1], fontsize=8)
+    panels[-1].set_xlabel("Block (a dot: what the plan chose)")
+    panels[0].set_title("Sensitivity of single layers")
+    figure.colorbar(image, ax=list(panels), pad=0.01, label="KL to the float model (nats per token)")
+    return figure
+
+
 FIGURES: dict[str, Callable[[RunRecord], Figure | None]] = {
     "perplexity": draw_perplexity,
     "loss": draw_loss,
@@ -229,6 +265,7 @@ FIGURES: dict[str, Callable[[RunRecord], Figure | None]] = {
     "sqnr": draw_sqnr,
     "layer_health": draw_layer_health,
     "bytes": draw_bytes,
+    "sensitivity": draw_sensitivity,
 }
 
 

@@ -25,6 +25,7 @@ class RunRecord:
     coverage: dict[str, Any] | None = None
     results: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
+    sensitivity: dict[str, Any] | None = None
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
 
@@ -47,6 +48,7 @@ def read_run(run: Path) -> RunRecord:
     record.coverage = _read_object(record, "coverage.json")
     record.results = _read_object(record, "results.json")
     record.parity = _read_object(record, "parity.json")
+    record.sensitivity = _read_object(record, "sensitivity.json")
     record.config = _read_text(record, "resolved.yaml")
     for number, text in enumerate((_read_text(record, "metrics.jsonl") or "").splitlines(), start=1):
         line = _parse_object(text)

@@ -49,8 +49,9 @@ def refuses(model: PackedModel) -> str | None:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if head_dim % 16 or head_dim > 512:
         return f"head size must be a multiple of 16 up to 512, got {head_dim}"
-    if model.kv is not None and not (model.kv.bits == 8 and model.kv.symmetric):
-        return f"a cache of {model.kv.describe()} is not supported yet"
+    kv = model.kv
+    if kv is not None and not (kv.is_uniform and kv.values.bits == 8 and kv.values.symmetric):
+        return f"a cache of {kv.describe()} is not supported yet"
     if any(name.endswith(BIASES) for name in model.floats):
         return "biases outside of q, k, v are not supported yet"
     return _weights_refused(model)

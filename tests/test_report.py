@@ -18,7 +18,7 @@ from qat.report.table import markdown_table, render_table, result_rows, summary_
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = (
-    "Verdict", "Results", "Perplexity", "Loss", "Validation", "Layer health", "Coverage", "Parity",
+    "Verdict", "Results", "Perplexity", "Loss", "Validation", "Layer health", "Sensitivity", "Coverage", "Parity",
     "Answers of the packed model", "Configuration", "Manifest",
 )  # fmt: skip
 FINISHED = {"status": "finished", "step": 100}
@@ -74,6 +74,15 @@ def coverage(blocks: int) -> dict:
     }  # fmt: skip
 
 
+def sensitivity(blocks: int) -> dict:
+    layers = [
+        {"names": names, "kl": {"w2a16_g32": 0.1 * (b + 1), "w8a16": 1e-5 / (b + 1)}, "chosen": "w2a16_g32"}
+        for b in range(blocks)
+        for names in ([f"model.layers.{b}.{kind}" for kind in KINDS[:2]], [f"model.layers.{b}.{KINDS[4]}"])
+    ]
+    return {"candidates": ["w2a16_g32", "w8a16"], "layers": layers}
+
+
 def metrics(steps: int, blocks: int) -> list[dict]:
     lines: list[dict] = [{"event": "phase", "step": 0, "phase": "observe"}]
     for step in range(1, steps + 1):
@@ -99,7 +108,7 @@ def make_run(folder: Path, files: dict[str, dict | None] | None = None, steps: i
     """A finished run; `files` replaces contents, or leaves a file out when None. No blocks: no coverage.json."""
     contents = {
         "results": results(), "parity": parity(), "coverage": coverage(blocks) if blocks else None,
-        "run_status": FINISHED,
+        "sensitivity": sensitivity(blocks) if blocks else None, "run_status": FINISHED,
         "manifest": {"command": "qat train", "versions": {"torch": "2.13"}, "git": None, "threads": 2},
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
@@ -215,11 +224,22 @@ def test_terminal_table_prints_warning_and_text_that_looks_like_markup():
 
 
 def test_figures_are_png_and_only_those_with_data(tmp_path):
-    run = make_run(tmp_path / "run", {"results": None}, steps=15, blocks=6)
+    run = make_run(tmp_path / "run", {"results": None, "sensitivity": None}, steps=15, blocks=6)
     paths = write_figures(run)
     assert list(paths) == ["loss", "bytes"]
     for path in paths.values():
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_heat_map_has_a_cell_for_every_layer_and_a_dot_for_its_choice(tmp_path):
+    figure = FIGURES["sensitivity"](read_run(make_run(tmp_path / "run", blocks=3)))
+    panels = [axes for axes in figure.axes if axes.images and axes.get_ylabel() in ("w2a16_g32", "w8a16")]
+    assert [panel.images[0].get_array().shape for panel in panels] == [(3, 3), (3, 3)]
+    assert panels[0].images[0].get_array()[:, 2].tolist() == pytest.approx([0.3] * 3)
+    assert [len(panel.collections) for panel in panels] == [1, 0]
+    assert len(panels[0].collections[0].get_offsets()) == 9
+    strange = {"candidates": ["w8a16"], "layers": [{"names": ["model.layers.0.x"], "kl": {"w8a16": None}}, {}]}
+    assert FIGURES["sensitivity"](read_run(make_run(tmp_path / "other", {"sensitivity": strange}))) is None
 
 
 def test_metrics_drop_repeated_steps_and_name_torn_lines_when_a_run_was_resumed(tmp_path):

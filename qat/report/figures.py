@@ -229,16 +229,18 @@ def draw_sensitivity(record: RunRecord) -> Figure | None:
 
     content = record.sensitivity or {}
     # a unit of several layers fills the cells of all of them
-    named = [(unit, *block_and_kind(name)) for unit in content.get("layers") or [] for name in unit["names"]]
+    named = [(unit, *block_and_kind(name)) for unit in content.get("layers") or [] for name in unit.get("names", [])]
     cells = [(unit, block, kind) for unit, block, kind in named if block is not None]
-    if not cells:
-        return None
-    kinds, names = list(dict.fromkeys(kind for _, _, kind in cells)), content["candidates"]
+    names = content.get("candidates") or []
+    kinds = list(dict.fromkeys(kind for _, _, kind in cells))
     blocks = sorted({block for _, block, _ in cells})
     values = np.full((len(names), len(kinds), len(blocks)), np.nan)
     for unit, block, kind in cells:
         for place, name in enumerate(names):
-            values[place, kinds.index(kind), blocks.index(block)] = max(unit["kl"][name], 1e-9)
+            kl = (unit.get("kl") or {}).get(name)
+            values[place, kinds.index(kind), blocks.index(block)] = max(kl, 1e-9) if is_number(kl) else np.nan
+    if not np.isfinite(values).any():
+        return None
     figure, panels = _figure((0.2 * len(kinds) + 0.5) * len(names) + 0.6, rows=len(names))
     panels = np.atleast_1d(panels)
     scale = LogNorm(np.nanmin(values), np.nanmax(values))

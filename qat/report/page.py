@@ -42,7 +42,7 @@ def write_report(run: Path) -> Path:
         ("Loss", figures.get("loss", NOT_RUN)),
         ("Validation", figures.get("validation", NOT_RUN)),
         ("Layer health", "".join(figures[n] for n in ("sqnr", "layer_health") if n in figures) or NOT_RUN),
-        *([("Sensitivity", figures["sensitivity"])] if "sensitivity" in figures else []),
+        ("Sensitivity", figures.get("sensitivity", NOT_RUN)),
         ("Coverage", _coverage(record, figures.get("bytes", ""))),
         ("Parity", _parity(record)),
         ("Answers of the packed model", _answers(record)),

@@ -238,7 +238,8 @@ def draw_sensitivity(record: RunRecord) -> Figure | None:
     for unit, block, kind in cells:
         for place, name in enumerate(names):
             kl = (unit.get("kl") or {}).get(name)
-            values[place, kinds.index(kind), blocks.index(block)] = max(kl, 1e-9) if is_number(kl) else np.nan
+            if is_number(kl):
+                values[place, kinds.index(kind), blocks.index(block)] = max(float(kl), 1e-9)
     if not np.isfinite(values).any():
         return None
     figure, panels = _figure((0.2 * len(kinds) + 0.5) * len(names) + 0.6, rows=len(names))

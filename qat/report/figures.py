@@ -237,7 +237,7 @@ def draw_sensitivity(record: RunRecord) -> Figure | None:
     values = np.full((len(names), len(kinds), len(blocks)), np.nan)
     for unit, block, kind in cells:
         for place, name in enumerate(names):
-            kl = (unit.get("kl") or {}).get(name)
+            kl: Any = (unit.get("kl") or {}).get(name)
             if is_number(kl):
                 values[place, kinds.index(kind), blocks.index(block)] = max(float(kl), 1e-9)
     if not np.isfinite(values).any():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from qat.models import check_tokenizer, load_model, load_tokenizer, meta_model
 from qat.nn.kv import install_kv
 from qat.ptq.apply import apply, check
 from qat.ptq.options import PtqOptions
+from qat.stage_config import BLOCK_WINDOWS, StageConfig, length
+
+if TYPE_CHECKING:
+    from qat.train.blockwise import BlockOptions
+    from qat.train.module import OptimOptions
 
 
 def float_model(config: RunConfig) -> tuple[Any, Any]:
@@ -43,6 +48,7 @@ def quantize_layers(model: nn.Module, config: RunConfig) -> Coverage:
         config.fake_quant.weight_scale,
         config.fake_quant.weight_observer,
         config.fake_quant.input_observer,
+        learns_later=any(stage.kind == "scales" for stage in config.stages.schedule),
     )
     return _insert(model, config, options)
 
@@ -78,34 +84,28 @@ def _insert(model: nn.Module, config: RunConfig, options: FakeQuantOptions) -> C
     return coverage
 
 
-def training(config: RunConfig) -> dict[str, Any]:
-    """Loss, optimizer, schedule and loop options of `train.fit.fit`, as its keyword arguments."""
+def training(config: RunConfig, place: int = 0) -> dict[str, Any]:
+    """Loss, optimizer, schedule and loop options of stage `place`, as keyword arguments of `train.fit.fit`."""
     from qat.train.fit import FitOptions
     from qat.train.losses import LossWeights
-    from qat.train.module import OptimOptions
     from qat.train.phases import PhaseEntry
 
-    distill, optim, trainer = config.distill, config.optim, config.trainer
+    distill, trainer, stage = config.distill, config.trainer, config.stages.schedule[place]
+    schedule = [PhaseEntry(entry.at, entry.do, entry.bits) for entry in config.phases.schedule]
+    if stage.kind == "scales":
+        schedule = [PhaseEntry(0, "fake_quantize"), PhaseEntry(0, "freeze_codes")]
+    optim = optimizer(config, stage)
     return {
         "loss": LossWeights(distill.kl_weight, distill.ce_weight, distill.temperature, distill.chunk_tokens),
-        "optim": OptimOptions(
-            optim.lr,
-            optim.scale_lr,
-            optim.weight_decay,
-            (optim.betas[0], optim.betas[1]),
-            optim.warmup_fraction,
-            optim.final_lr_fraction,
-            optim.grad_clip,
-            trainer.max_steps,
-        ),
-        "schedule": [PhaseEntry(entry.at, entry.do, entry.bits) for entry in config.phases.schedule],
+        "optim": optim,
+        "schedule": schedule,
         "options": FitOptions(
             accelerator=trainer.accelerator,
             strategy=trainer.strategy,
             devices=trainer.devices,
             nodes=trainer.nodes,
             precision=trainer.precision,
-            max_steps=trainer.max_steps,
+            max_steps=optim.steps,
             batch_size=trainer.batch_size,
             accumulate=trainer.accumulate,
             gradient_checkpointing=trainer.gradient_checkpointing,
@@ -115,9 +115,48 @@ def training(config: RunConfig) -> dict[str, Any]:
             checkpoint_every=trainer.checkpoint_every,
             max_skipped_steps=trainer.max_skipped_steps,
             loader_workers=trainer.loader_workers,
-            seed=config.seed,
+            # later stages see the windows in another order
+            seed=config.seed + place,
+            trains="scales" if stage.kind == "scales" else "all" if stage.rank is None else "low_rank",
+            rank=stage.rank,
+            alpha=float(stage.rank or 1) if stage.alpha is None else stage.alpha,
         ),
     }
+
+
+def blockwise(config: RunConfig, place: int) -> tuple[OptimOptions, BlockOptions]:
+    """Optimizer and options of stage `place` for `train.blockwise.fit_blocks`."""
+    from qat.train.blockwise import BlockOptions
+
+    trainer, stage = config.trainer, config.stages.schedule[place]
+    options = BlockOptions(
+        accelerator=trainer.accelerator,
+        precision=trainer.precision,
+        batch_size=trainer.batch_size,
+        windows=BLOCK_WINDOWS if stage.windows is None else stage.windows,
+        checkpoint_every=trainer.checkpoint_every,
+        max_skipped_steps=trainer.max_skipped_steps,
+        seed=config.seed + place,
+    )
+    return optimizer(config, stage), options
+
+
+def optimizer(config: RunConfig, stage: StageConfig) -> OptimOptions:
+    """Rates and length of a stage, the run's where it gives none of its own."""
+    from qat.train.module import OptimOptions
+
+    optim = config.optim
+    return OptimOptions(
+        optim.lr if stage.lr is None else stage.lr,
+        optim.scale_lr if stage.scale_lr is None else stage.scale_lr,
+        optim.weight_decay,
+        (optim.betas[0], optim.betas[1]),
+        optim.warmup_fraction,
+        optim.final_lr_fraction,
+        optim.grad_clip,
+        length(stage, config.trainer.max_steps),
+        optim.kind,
+    )
 
 
 def metrics(config: RunConfig, folder: Path, as_dict: dict, run_id: str | None) -> Metrics:

@@ -1,7 +1,8 @@
 """The schema of a run: one dataclass per conf group and a doc line under each field.
 
-A default lives here and nowhere else; `conf/` holds chosen values. Pure Python, so that a wrong one is refused in well
-under a second. At the end: chosen values -> schemes, plan, KV grid. Ranges: `checks.py`. YAML: `cli/compose.py`.
+A default lives here and nowhere else; `conf/` holds chosen values. Pure Python, so that a wrong configuration is
+refused in well under a second. At the end: chosen values -> schemes, plan, KV grid. Phases and stages of a training:
+`stage_config.py`; ranges: `checks.py`; YAML: `cli/compose.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import yaml
 
 from qat.errors import UserError, collected, nearest, problem
 from qat.scheme import KEEP, KvSpec, PlanRule, QuantPlan, QuantScheme, QuantSpec
+from qat.stage_config import PhasesConfig, StagesConfig
 
 SAME = "same"
 
@@ -152,6 +154,8 @@ class PtqConfig:
 
 @dataclass
 class OptimConfig:
+    kind: str = "adamw"
+    """adamw (two moments of every weight), or adafactor (no first, a row and a column of the second)."""
     lr: float = 1e-4
     """Peak learning rate of weights."""
     scale_lr: float = 1e-4
@@ -159,29 +163,13 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Of 2-D weights; scales, zero points, norms and biases have none."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Adam's moments."""
+    """Adam's moments; adafactor has none of its own to set."""
     warmup_fraction: float = 0.05
     """Share of the steps with a linearly rising rate."""
     final_lr_fraction: float = 0.05
     """The cosine ends at this share of the peak."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 is off."""
-
-
-@dataclass
-class PhaseConfig:
-    at: int = 0
-    """First optimizer step of the phase."""
-    do: str = "???"
-    """observe, fake_quantize, freeze_scales or bits."""
-    bits: int | None = None
-    """With do=bits: weights whose scheme is narrower train at this width from here on."""
-
-
-@dataclass
-class PhasesConfig:
-    schedule: list[PhaseConfig] = field(default_factory=lambda: [PhaseConfig(0, "fake_quantize")])
-    """What happens from which step on; the state at a step is the sum of all entries up to it."""
 
 
 @dataclass
@@ -317,6 +305,7 @@ class RunConfig:
     ptq: PtqConfig = field(default_factory=PtqConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     phases: PhasesConfig = field(default_factory=PhasesConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -62,6 +62,38 @@ def fake_quantize(
     return _FakeQuantize.apply(x, scale, zero_point, spec, estimator, dtype)
 
 
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """What int8 codes [..., K] stand for, as `dtype`, with gradients to the raw `scale` and `zero_point` [..., G].
+
+    dscale = sum over the group of g * (code - zero_point),  dzero_point = sum over the group of -g * scale
+    """
+    return _Dequantize.apply(codes, scale, zero_point, spec, dtype)
+
+
+class _Dequantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, codes, scale, zero_point, spec, dtype):
+        qparams = QParams(grid.round_scale(scale, spec), grid.round_zero_point(zero_point, spec))
+        ctx.save_for_backward(codes, *qparams)
+        ctx.spec = spec
+        return grid.dequantize(codes, qparams, spec, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, scale, zero_point = ctx.saved_tensors
+        grouped, scale_rows, zero_rows = grid.rows(codes, QParams(scale, zero_point), ctx.spec)
+        grad_rows = grad.reshape(grouped.shape)
+        sums = torch.empty(2, *grouped.shape[:2], device=codes.device)
+        step = grid.blocks(grouped)
+        for start in range(0, grouped.shape[0], step):
+            stop = start + step
+            g = grad_rows[start:stop].float()
+            sums[0, start:stop] = (g * (grouped[start:stop] - grid.row_block(zero_rows, start, stop))).sum(-1)
+            sums[1, start:stop] = -(g * grid.row_block(scale_rows, start, stop)).sum(-1)
+        dzero = _reduce(sums[1], scale.shape) if ctx.needs_input_grad[2] else None
+        return None, _reduce(sums[0], scale.shape), dzero, None, None
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, spec, estimator, dtype):

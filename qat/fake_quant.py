@@ -7,8 +7,11 @@ Where the scale comes from is fixed at construction:
               product is plain float32 multiplication, so the same bits on every machine
 On a CPU with the C++ kernels this runs fused (kernels/cpu/train.py), and what a Parameter became is kept until it
 changes.
+Once the codes are frozen, they come from the weight and the stored scale, and values from `scale * (1 + scale_shift)`:
+scales go on learning while the integers stay. That runs in plain torch.
 Everything that changes is a buffer or parameter with its final shape from construction; `phase` [4] holds
-(observing, quantizing, frozen, bits) and is mirrored in plain ints so that forward never waits for a GPU.
+(observing, quantizing, 1 for a frozen scale or 2 for frozen codes, bits) and is mirrored in plain ints so that forward
+never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ class Phase:
     quantizing: bool = True
     frozen: bool = False
     bits: int = 8
+    codes_frozen: bool = False
 
 
 class FakeQuantize(nn.Module):
@@ -69,6 +73,7 @@ class FakeQuantize(nn.Module):
         estimator: which gradients flow.
         scale_mode: dynamic, static or learned.
         observer: key of OBSERVERS; unused (None) when the scale is dynamic.
+        learns_later: a scale that does not learn has a shift all the same, for when the codes are frozen.
     """
 
     scale: Tensor
@@ -82,6 +87,7 @@ class FakeQuantize(nn.Module):
         estimator: Estimator,
         scale_mode: str,
         observer: str | None = None,
+        learns_later: bool = False,
     ):
         super().__init__()
         assert scale_mode in SCALE_MODES, scale_mode
@@ -92,7 +98,8 @@ class FakeQuantize(nn.Module):
             self.observer = OBSERVERS[observer or "minmax"](spec, scale_shape)
         self.register_buffer("scale", torch.ones(scale_shape))
         self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32))
-        self.scale_shift = nn.Parameter(torch.zeros(scale_shape)) if estimator.learns_scale else None
+        has_shift, trains = estimator.learns_scale or learns_later, estimator.learns_scale
+        self.scale_shift = nn.Parameter(torch.zeros(scale_shape), requires_grad=trains) if has_shift else None
         learns_zero_point = estimator.learns_zero_point and not spec.symmetric
         self.zero_shift = nn.Parameter(torch.zeros(scale_shape)) if learns_zero_point else None
         self.now = Phase(bits=spec.bits)
@@ -104,10 +111,16 @@ class FakeQuantize(nn.Module):
         """The grid at the present bit width."""
         return self.spec if self.now.bits == self.spec.bits else replace(self.spec, bits=self.now.bits)
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether the scale is this object's own, and not that of the tensor at hand."""
+        return self.scale_mode != "dynamic" or self.now.frozen or self.now.codes_frozen
+
     def set_phase(self, phase: Phase) -> None:
         """Change what forward does; recorded in the `phase` buffer."""
         self.now, self._kept = phase, None
-        state = [int(phase.observing), int(phase.quantizing), int(phase.frozen), phase.bits]
+        held = 2 if phase.codes_frozen else int(phase.frozen)
+        state = [int(phase.observing), int(phase.quantizing), held, phase.bits]
         self.phase.copy_(torch.tensor(state, dtype=torch.int32))
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -117,8 +130,10 @@ class FakeQuantize(nn.Module):
         dtype = dtype or estimators.compute_dtype(x)
         if not self.now.quantizing:
             # a learned scale stays in the graph without effect: DDP waits for the gradient of every parameter
-            idle = self.scale_shift is not None and torch.is_grad_enabled()
-            return x.to(dtype) + 0.0 * sum(whole(p).sum() for p in self.parameters()) if idle else x.to(dtype)
+            idle = [whole(p).sum() for p in self.parameters() if p.requires_grad and torch.is_grad_enabled()]
+            return x.to(dtype) + 0.0 * sum(idle) if idle else x.to(dtype)
+        if self.now.codes_frozen:
+            return estimators.dequantize(self.codes(x), *self._qparams_for_gradient(x), self.current_spec, dtype)
         if fused.refuses(x, dtype) is None:
             raw, there = self.on_grid(x, dtype)
             return fused.fake_quantize(x, raw, there, self.current_spec, self.gradients)
@@ -138,7 +153,7 @@ class FakeQuantize(nn.Module):
         grid changes; values only where a backward pass holds them anyway.
         """
         spec, raw, rounded = self.current_spec, None, None
-        if self.scale_mode != "dynamic" or self.now.frozen:
+        if self.is_stored:
             raw = QParams(*self._qparams_for_gradient(x))
             with torch.no_grad():
                 rounded = QParams(grid.round_scale(raw.scale, spec), grid.round_zero_point(raw.zero_point, spec))
@@ -155,7 +170,7 @@ class FakeQuantize(nn.Module):
         return raw, kept.there
 
     def _qparams_for_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.scale_mode == "dynamic" and not self.now.frozen:
+        if not self.is_stored:
             return self.from_tensor(x)
         # Frozen shifts stay in the graph without effect: DDP waits for the gradient of every parameter it began with,
         # and an optimizer's momentum goes on moving them.
@@ -179,7 +194,8 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """int8 codes of x [..., K]: the integers that forward(x) stands for."""
-        return grid.quantize(x, self.qparams(x), self.current_spec)
+        base = QParams(self.scale, self.zero_point) if self.now.codes_frozen else self.qparams(x)
+        return grid.quantize(x, base, self.current_spec)
 
     @torch.no_grad()
     def adopt_observed(self) -> None:
@@ -207,6 +223,12 @@ class FakeQuantize(nn.Module):
         assert self.scale_mode != "dynamic", "a dynamic scale is the tensor's own"
         self._store(QParams(grid.round_scale(qparams.scale, self.spec), qparams.zero_point))
 
+    @torch.no_grad()
+    def freeze_codes(self, x: Tensor) -> None:
+        """Fix the codes of the weight x [..., K] from now on; its scale, and a learned zero point, may move."""
+        self._store(self.qparams(x))
+        self.set_phase(replace(self.now, frozen=False, codes_frozen=True))
+
     def _store(self, qparams: QParams) -> None:
         self._kept = None
         self.scale.copy_(qparams.scale.view(self.scale.shape))
@@ -223,8 +245,8 @@ class FakeQuantize(nn.Module):
         """To be called after buffers were written from outside: `now` follows `phase`, nothing old is kept."""
         self._kept = None
         if self.phase.device.type != "meta":
-            observing, quantizing, frozen, bits = self.phase.tolist()
-            self.now = Phase(bool(observing), bool(quantizing), bool(frozen), bits)
+            observing, quantizing, held, bits = self.phase.tolist()
+            self.now = Phase(bool(observing), bool(quantizing), held == 1, bits, held == 2)
 
     def train(self, mode: bool = True) -> FakeQuantize:
         """As torch; what training kept is freed for evaluation, and the other way round."""

@@ -26,6 +26,7 @@ class FakeQuantOptions:
     weight_scale: str = "dynamic"
     weight_observer: str = "minmax"
     input_observer: str = "moving_average"
+    learns_later: bool = False
 
 
 @dataclass
@@ -231,7 +232,8 @@ def _swap(site: Site, scheme: QuantScheme, options: FakeQuantOptions, owners: di
     if weight_fq is None:
         shape = scheme.weight.scale_shape(site.layer.shape)
         estimator = ESTIMATORS[options.estimator]
-        weight_fq = FakeQuantize(scheme.weight, shape, estimator, options.weight_scale, options.weight_observer)
+        how = (estimator, options.weight_scale, options.weight_observer, options.learns_later)
+        weight_fq = FakeQuantize(scheme.weight, shape, *how)
         weight_fq.to(site.weight.device)
         owners[id(site.weight)] = weight_fq
     if site.layer.kind == "experts":

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, appended as the run goes; and wandb beside it when asked for.
 
-Lines have an `event` (train, validation, layers, phase) and a `step`. A wandb failure after its start is a warning:
-a logger never ends a run. Rank 0 writes.
+Lines have an `event` (train, validation, layers, phase, block), the `stage` of the training, and a `step`, counted on
+from one stage to the next. A wandb failure after its start is a warning: a logger never ends a run. Rank 0 writes.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Metrics:
         group: str | None = None,
     ):
         self.path = folder / "metrics.jsonl"
+        self.stage: dict[str, str] = {}
+        self.before = 0
         self._wandb: Any = None
         if wandb_mode != "off" and is_main():
             self._wandb = _start_wandb(folder, wandb_mode, project, config or {}, run_id, group)
@@ -56,10 +58,15 @@ class Metrics:
         """What a process that goes on with this run gives as `run_id`; None without wandb."""
         return self._wandb.id if self._wandb is not None else None
 
+    def begin(self, stage: str, before: int) -> None:
+        """Lines from now on are of this stage of the training, which began after `before` steps of others."""
+        self.stage, self.before = {"stage": stage}, before
+
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one line; flushed, so that a killed run keeps it."""
+        """Append one line; flushed, so that a killed run keeps it. `step` counts from the start of the stage."""
         if not is_main():
             return
+        step, values = step + self.before, self.stage | values
         line = json.dumps(finite({"event": event, "step": step, **values}))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -74,9 +81,10 @@ class Metrics:
             self._wandb = None
 
     def truncate(self, step: int) -> None:
-        """Drop every line of a later step: a run that goes on from `step` writes them anew."""
+        """Drop every line of a later step: a stage that goes on from `step` writes them anew."""
         if not is_main() or not self.path.is_file():
             return
+        step += self.before
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text_atomic(self.path, "".join(line for line in lines if _step_of(line) <= step))
 

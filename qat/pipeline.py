@@ -15,16 +15,15 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from qat import build, checkpoint, ranks, signals
-from qat.checkpoints import Checkpoints
+from qat import build, checkpoint, ranks, signals, stages
 from qat.config import RunConfig
 from qat.convert import digests, pack_model
 from qat.data import TextWindows, fingerprint, load_windows
@@ -33,10 +32,10 @@ from qat.evaluate.perplexity import Score, recovery, score
 from qat.export import write_export
 from qat.insert import Coverage
 from qat.memory import return_freed_memory
-from qat.metrics import Metrics
 from qat.paths import write_json_atomic
 from qat.progress import is_main, say
 from qat.run_folder import RunFolder
+from qat.stage_config import length
 
 PROTOCOL = (
     "windows of {block} tokens that do not overlap, first token of each not scored, no BOS, {tokens} tokens scored, "
@@ -61,10 +60,9 @@ def run(config: RunConfig, resolved: str, resume: Resume | None = None) -> Path:
         if resume is not None:
             folder.goes_on(resolved)
         teacher = _calibrate(config, folder, student, windows, coverage, floating)
-        train = _train(config, folder, student, teacher, windows)
-        # with KL to the float model alone, the control is that model
-        has_control = config.evaluate.baselines and config.distill.ce_weight > 0 and config.trainer.max_steps > 0
-        control = _train_control(config, folder, floating, teacher, windows) if has_control else None
+        _enter(folder, "training", step=0)
+        train = stages.train(config, folder, student, teacher, floating, windows)
+        control = _train_control(config, folder, floating, teacher, windows)
         ranks.disconnect()
         if not is_main():
             return folder.path
@@ -166,7 +164,8 @@ def _calibrate(
     calibration = windows.train[: config.fake_quant.calibration_batches * config.trainer.batch_size]
     calibrate(student, calibration, config.trainer.batch_size)
     folder.record(ptq=build.apply_ptq(student, windows.train, config))
-    has_teacher = config.distill.kl_weight > 0 and config.trainer.max_steps > 0
+    steps = [length(stage, config.trainer.max_steps) for stage in config.stages.schedule if stage.kind != "blockwise"]
+    has_teacher = config.distill.kl_weight > 0 and any(steps)
     teacher = as_teacher(floating, config.trainer.precision) if has_teacher else None
     folder.record(
         data={"path": config.data.path, "train_windows": len(windows.train), "eval_windows": len(windows.evaluation)}
@@ -175,57 +174,17 @@ def _calibrate(
     return teacher
 
 
-def _train(
-    config: RunConfig, folder: RunFolder, student: nn.Module, teacher: nn.Module | None, windows: TextWindows
-) -> Any:
-    _enter(folder, "training", step=0)
-    metrics = build.metrics(config, folder.path, asdict(config), folder.manifest.get("wandb_run"))
-    folder.record(wandb_run=metrics.run_id)
-    held_out = windows.evaluation[: max(1, 4096 // config.data.block_size)]
-
-    def validate(model: nn.Module) -> float:
-        return score(
-            model, held_out, config.evaluate.batch_size, config.evaluate.precision, title="validate"
-        ).perplexity
-
-    options = build.training(config)
-    result = _trained(folder.path / "checkpoints", config, student, teacher, windows, options, metrics, "QAT", validate)
-    metrics.close()
-    return result
-
-
-def _trained(
-    checkpoints: Path,
-    config: RunConfig,
-    model: nn.Module,
-    teacher: nn.Module | None,
-    windows: TextWindows,
-    options: dict[str, Any],
-    metrics: Metrics,
-    title: str,
-    validate: Callable[[nn.Module], float] | None = None,
-) -> Any:
-    """Train to the end and publish it under checkpoints/final, or take what an earlier process published there."""
-    from qat.train.fit import FitResult, fit
-
-    final = checkpoints / "final"
-    facts = ranks.from_main(checkpoint.read_final(final) if is_main() else None)
-    if facts is not None:
-        say(f"{title}: had ended; taking {final}")
-        if is_main():
-            checkpoint.load_state(model, final / checkpoint.WEIGHTS)
-        return FitResult(model.eval(), **facts)
-    store = Checkpoints(checkpoints, config.trainer.checkpoint_keep)
-    result = FitResult(model.eval(), 0, 0, [])
-    if config.trainer.max_steps > 0:
-        result = fit(
-            model, teacher, windows.train, **options, metrics=metrics, score=validate, checkpoints=store, title=title
-        )
-    if is_main():
-        facts = {key: value for key, value in vars(result).items() if key != "model"}
-        checkpoint.save_final(result.model, final, facts)
-        store.clear()
-    return result
+def _train_control(
+    config: RunConfig, folder: RunFolder, floating: nn.Module, teacher: nn.Module | None, windows: TextWindows
+) -> nn.Module | None:
+    """The float model trained as the student was; None where that is the float model itself."""
+    # nothing moves a float model but cross entropy, end to end
+    end_to_end = [stage for stage in config.stages.schedule if stage.kind == "end_to_end"]
+    moves = config.distill.ce_weight > 0 and any(length(stage, config.trainer.max_steps) for stage in end_to_end)
+    if not (config.evaluate.baselines and moves):
+        return None
+    _enter(folder, "training the control", step=0)
+    return stages.train_control(config, folder, floating, teacher, windows)
 
 
 def _score(config: RunConfig, model: nn.Module, windows: TextWindows, reference: nn.Module | None, title: str) -> Score:
@@ -259,22 +218,11 @@ def _rtn(config: RunConfig, model: nn.Module, windows: TextWindows) -> nn.Module
     return rounded
 
 
-def _train_control(
-    config: RunConfig, folder: RunFolder, floating: nn.Module, teacher: nn.Module | None, windows: TextWindows
-) -> nn.Module:
-    """The float model trained on the same windows, in the same order, with the same loss and optimizer."""
-    options = build.training(config) | {"schedule": []}
-    metrics = Metrics(folder.path / "control")
-    _enter(folder, "training the control", step=0)
-    places = folder.path / "control/checkpoints"
-    return _trained(places, config, copy.deepcopy(floating), teacher, windows, options, metrics, "control").model
-
-
 def _results(
     config: RunConfig,
     scores: dict[str, Score],
     windows: TextWindows,
-    train: Any,
+    train: stages.Trained,
     coverage: Coverage,
     control_is_float: bool,
 ) -> dict[str, Any]:
@@ -294,6 +242,7 @@ def _results(
         "control_is_float": control_is_float,
         "tokens": {"train": train.tokens, "eval": scores["fake_quant"].tokens},
         "steps": train.steps,
+        "stages": train.summary(),
         "bits_per_weight": coverage.bits_per_weight,
         "bytes": {"float": 4 * coverage.weights, "packed": coverage.bytes},
         "seconds": {"step_median": statistics.median(took) if took else None, "training": sum(took)},

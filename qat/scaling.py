@@ -66,6 +66,7 @@ class Job:
     """How it is trained. `block` tokens a window, `batch` windows a forward pass, `width` bytes of a matmul's values.
 
     `fused`: the CPU kernels, which keep a weight's values between forward passes; `integer`: int8 inputs.
+    `moments`: values that the optimizer keeps of every weight.
     """
 
     strategy: str
@@ -83,6 +84,7 @@ class Job:
     whole_table: bool
     fused: bool
     integer: bool
+    moments: int
 
     @property
     def tokens(self) -> int:
@@ -169,6 +171,7 @@ def job_of(config: RunConfig) -> Job:
         whole_table=config.fake_quant.weight_scale != "dynamic",
         fused=not on_gpu and trainer.precision == "bf16",
         integer=config.scheme.input is not None,
+        moments=2 if config.optim.kind == "adamw" else 0,
     )
 
 
@@ -189,7 +192,7 @@ def memory(shape: ModelShape, job: Job) -> Memory:
     host = 2 * copy + whole_teacher
     always = {
         "float32 weights": copy / job.shards,
-        "Adam moments": 2 * copy / job.shards,
+        "Adam moments": job.moments * copy / job.shards,
         "DDP buckets": copy if job.strategy == "ddp" else 0.0,
         "teacher": whole_teacher / job.shards,
         "teacher's head": head_of_teacher(shape, job) if sharded else 0.0,
@@ -284,4 +287,4 @@ def checkpoint_bytes(shape: ModelShape, job: Job) -> dict[str, float]:
     """Bytes on disk: the final model, and a state that training can go on from (with Adam's moments)."""
     grids = (8 + (4 if job.learned else 0)) * shape.scales
     model = FLOAT32 * shape.weights + grids
-    return {"model": model, "training state": model + 2 * FLOAT32 * shape.weights}
+    return {"model": model, "training state": model + job.moments * FLOAT32 * shape.weights}

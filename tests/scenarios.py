@@ -22,6 +22,7 @@ from qat.config import ModelConfig
 from qat.insert import FakeQuantOptions, insert
 from qat.metrics import Metrics
 from qat.models import meta_model
+from qat.train.blockwise import BlockOptions, fit_blocks
 from qat.train.calibrate import calibrate
 from qat.train.fit import FitOptions, as_teacher, fit
 from qat.train.losses import LossWeights
@@ -30,12 +31,16 @@ from qat.train.phases import PhaseEntry
 
 STEPS, GLOBAL_BATCH = 6, 4
 OPTIM = OptimOptions(5e-3, 5e-3, 0.01, (0.9, 0.95), 0.2, 0.1, 1.0, steps=STEPS)
+BLOCK_OPTIM = OptimOptions(1e-3, 1e-2, 0.0, (0.9, 0.95), 0.0, 0.1, 1.0, steps=6)
 DELAYED = (PhaseEntry(0, "observe"), PhaseEntry(2, "fake_quantize"), PhaseEntry(4, "freeze_scales"))
 QUANTIZE = (PhaseEntry(0, "fake_quantize"),)
+HOLD = (PhaseEntry(0, "fake_quantize"), PhaseEntry(0, "freeze_codes"))
+LATER = FakeQuantOptions(learns_later=True)
 SCENARIOS = {
     "dynamic": ("w4a8_g32", FakeQuantOptions(), QUANTIZE, LossWeights(1.0, 0.5)),
     "static": ("w8a8_static", FakeQuantOptions("ste_clipped", "static", "minmax"), DELAYED, LossWeights(0.0, 1.0)),
     "learned": ("w4a16_g32_asym", FakeQuantOptions("lsq_plus", "learned", "mse"), DELAYED, LossWeights(0.0, 1.0)),
+    "scales": ("w4a16_g32_asym", LATER, HOLD, LossWeights(1.0, 0.5)),
 }
 
 
@@ -59,6 +64,7 @@ def train(folder: Path, model_dir: Path, windows: torch.Tensor, strategy: str, n
     options = FitOptions(
         strategy=strategy, devices=ranks.world(), precision="fp32", max_steps=STEPS,
         batch_size=GLOBAL_BATCH // ranks.world(), eval_every=1, layer_stats_every=2,
+        trains="scales" if name == "scales" else "all",
     )  # fmt: skip
     store = Checkpoints(folder / "checkpoints")
     try:
@@ -73,6 +79,32 @@ def train(folder: Path, model_dir: Path, windows: torch.Tensor, strategy: str, n
     return result.model
 
 
+def train_blocks(folder: Path, model_dir: Path, windows: torch.Tensor, cut: int | None = None) -> None:
+    """Blocks of a learned grid by all processes, each leaving what it ended with; or asked to stop at step `cut`."""
+    floating, model = float_model(model_dir), float_model(model_dir)
+    insert(model, plan("w2a16_g32"), FakeQuantOptions("lsq", "learned", "mse"))
+    calibrate(model, windows[:4], 2)
+    listening, heard = signals.requested, []
+
+    def requested() -> int:
+        heard.append(1)
+        if cut is not None and len(heard) == cut and ranks.rank() == cut % ranks.world():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return listening()
+
+    options = BlockOptions(precision="fp32", batch_size=1, windows=10)
+    signals.requested = requested
+    try:
+        store = Checkpoints(folder / "checkpoints")
+        model = fit_blocks(model, floating, windows, BLOCK_OPTIM, options, Metrics(folder), store).model
+    except signals.Stopped:
+        signals.forget()
+    finally:
+        signals.requested = listening
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(unique_state(model), folder / f"state{ranks.rank()}.safetensors")
+
+
 def main() -> None:
     """Every scenario named, under one process group."""
     folder, model_dir, windows, strategy, *names = sys.argv[1:]
@@ -82,6 +114,11 @@ def main() -> None:
     for name in names:
         name, _, cut = name.partition("@")
         place = Path(folder) / strategy / (name + cut)
+        if name == "blocks":
+            signals.listen()
+            for until in [int(cut), None] if cut else [None]:
+                train_blocks(place, Path(model_dir), there, until)
+            continue
         if cut:
             assert train(place, Path(model_dir), there, strategy, name, int(cut)) is None
         train(place, Path(model_dir), there, strategy, name)

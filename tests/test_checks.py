@@ -14,7 +14,6 @@ from qat.config import (
     DataConfig,
     KvConfig,
     ModelConfig,
-    PhaseConfig,
     RuleConfig,
     RunConfig,
     SchemeConfig,
@@ -26,6 +25,7 @@ from qat.config import (
 )
 from qat.errors import UserError
 from qat.scheme import KvSpec, QuantSpec
+from qat.stage_config import PhaseConfig
 
 
 def valid() -> RunConfig:
@@ -121,8 +121,11 @@ def test_check_refuses(key, value, match):
 START = PhaseConfig(0, "fake_quantize")
 BAD_ENTRIES = [
     ([START, PhaseConfig(1, "freeze")], r"^phases.schedule.1.do: must be one of .*Did you mean 'freeze_scales'\?"),
-    ([START, PhaseConfig(100, "freeze_scales")], "^phases.schedule.1.at: must be a step of the run, from 0 to 99"),
-    ([PhaseConfig(-1, "fake_quantize")], "^phases.schedule.0.at: must be a step of the run"),
+    (
+        [START, PhaseConfig(100, "freeze_scales")],
+        "^phases.schedule.1.at: must be a step of every end_to_end stage, from 0 to 99",
+    ),
+    ([PhaseConfig(-1, "fake_quantize")], "^phases.schedule.0.at: must be a step of every end_to_end stage"),
     ([PhaseConfig(9, "fake_quantize"), PhaseConfig(3, "freeze_scales")], "^phases.schedule.1.at: entries are sorted"),
     ([START, PhaseConfig(1, "bits")], "^phases.schedule.1: bits stands with do: bits"),
     ([PhaseConfig(0, "fake_quantize", 4)], "^phases.schedule.0: bits stands with do: bits"),

@@ -14,9 +14,10 @@ import yaml
 from qat.cli import compose
 from qat.cli.compose import compose_run, from_yaml, to_yaml
 from qat.cli.groups import SWEEP, list_group
-from qat.config import PhaseConfig, SpecConfig, conf_dir, load_scheme, scheme_from
+from qat.config import SpecConfig, conf_dir, load_scheme, scheme_from
 from qat.errors import UserError
 from qat.scheme import QuantSpec
+from qat.stage_config import PhaseConfig
 
 PATHS = ["model.path=m", "data.path=d"]
 OPTIONS = sorted((file.parent.name, file.stem) for file in conf_dir().glob("*/*.yaml") if file.parent.name != SWEEP)

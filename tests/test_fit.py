@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from itertools import islice
@@ -325,3 +326,24 @@ def test_loader_gives_whole_batches_when_the_windows_do_not_divide(windows):
     assert {batch.shape for batch in batches} == {(3, 32)}
     seen = torch.cat(batches)
     assert all(int((seen == window).all(-1).sum()) == 3 for window in windows[:7])
+
+
+def test_adafactor_learns_with_factored_states_and_goes_on_bit_for_bit(train, tiny_model_dir, tmp_path):
+    factored = replace(OPTIM, kind="adafactor", lr=1e-2)
+
+    def model():
+        return student(tiny_model_dir, "w4a16_g32", "lsq", "learned", "mse")
+
+    whole, lines = train(model(), optim=factored, max_steps=8, checkpoint_every=4)
+    losses = [line["loss"] for line in lines("train")]
+    assert losses[-1] < losses[0] - 0.3
+    state_dict = state(whole.model)
+    newest = Checkpoints(tmp_path / "checkpoints").newest()[0]
+    states = {name: newest.shape(name) for name in newest.names if name.startswith("optim.")}
+    assert states["optim.model.layers.0.mlp.up_proj.weight.row_var"] == (128, 1)
+    assert sum(torch.Size(shape).numel() for shape in states.values()) < 0.1 * sum(
+        parameter.numel() for parameter in whole.model.parameters()
+    )
+    shutil.rmtree(newest.folder)
+    again, _ = train(model(), optim=factored, max_steps=8)
+    assert same(state(again.model), state_dict)

@@ -20,7 +20,10 @@ from qat.data import load_windows
 from qat.insert import insert
 from qat.nn.quant import quantized_weights
 
-CASES = ("dynamic", "static", "learned", "dynamic@3", "static@1", "learned@4")
+CASES = ("dynamic", "static", "learned", "dynamic@3", "static@1", "learned@4", "scales", "scales@3")
+
+
+BLOCKS = ("blocks", "blocks@9")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def results(request, tmp_path_factory, tiny_model_dir, windows):
     save_file({"windows": windows}, folder / "windows.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(Path(__file__).with_name("scenarios.py")), str(folder), str(tiny_model_dir)]
-    command += [str(folder / "windows.safetensors"), request.param, *CASES]
+    command += [str(folder / "windows.safetensors"), request.param, *CASES, *(BLOCKS if request.param == "ddp" else ())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder / request.param
@@ -91,3 +94,17 @@ def test_two_processes_go_on_bit_for_bit_when_one_of_them_was_asked_to_stop(resu
     again = load_file(results / name.replace("@", "") / "state.safetensors")
     assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
     assert losses(results / name.replace("@", "")) == losses(results / name.partition("@")[0])
+
+
+def test_processes_end_with_the_same_blocks_and_go_on_bit_for_bit(results):
+    if results.name == "fsdp2":
+        assert not (results / "blocks").exists(), "refused: see test_stages"
+        return
+    states = [
+        load_file(results / name / f"state{rank}.safetensors") for name in ("blocks", "blocks9") for rank in (0, 1)
+    ]
+    for other in states[1:]:
+        assert [key for key in other if not torch.equal(states[0][key], other[key])] == []
+    lines = [json.loads(line) for line in (results / "blocks/metrics.jsonl").read_text().splitlines()]
+    assert all(line["error_after"] < line["error_before"] for line in lines)
+    assert len(lines) == 2

@@ -72,8 +72,8 @@ def _fake_linear(layer: QuantLinear | QuantConv1D, x: Tensor, weight_NK: Tensor)
         return F.linear(x, weight_fq(weight_NK), layer.bias)
     specs, dtype = (weight_fq.current_spec, input_fq.current_spec), compute_dtype(x)
     is_quantizing = input_fq.now.quantizing and weight_fq.now.quantizing
-    is_observing = input_fq.now.observing or weight_fq.now.observing
-    if is_quantizing and not is_observing and fused.linear_refuses(x, weight_NK, *specs, dtype) is None:
+    is_plain = not (input_fq.now.observing or weight_fq.now.observing or weight_fq.now.codes_frozen)
+    if is_quantizing and is_plain and fused.linear_refuses(x, weight_NK, *specs, dtype) is None:
         raw, there = weight_fq.on_grid(weight_NK, None)
         y = fused.integer_linear(x, weight_NK, raw, there, specs, (weight_fq.gradients, dtype))
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
@@ -103,7 +103,7 @@ class QuantEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         fake_quant, dtype = self.weight_fake_quant, self.weight.dtype
-        if fake_quant.spec.granularity == "tensor" or fake_quant.scale_mode != "dynamic" or fake_quant.now.frozen:
+        if fake_quant.spec.granularity == "tensor" or fake_quant.is_stored:
             return F.embedding(input, fake_quant(self.weight, dtype), self.padding_idx)
         return fake_quant(F.embedding(input, self.weight, self.padding_idx), dtype)
 
@@ -184,7 +184,10 @@ def weight_health(weight: Tensor, fake_quant: FakeQuantize, max_rows: int = 64) 
     if fake_quant.spec.granularity != "tensor":
         qparams = grid.QParams(*(q.flatten(0, -2)[:max_rows] for q in qparams))
     spec = fake_quant.current_spec
-    codes = grid.quantize(sample, qparams, spec)
+    if fake_quant.now.codes_frozen:
+        codes = fake_quant.codes(weight).flatten(0, -2)[:max_rows]
+    else:
+        codes = grid.quantize(sample, qparams, spec)
     error = grid.dequantize(codes, qparams, spec) - sample
     low, high = grid.code_range(spec)
     grouped, scale, zero = grid.rows(sample, qparams, spec)

@@ -20,15 +20,16 @@ from qat.progress import bar, say
 from qat.train.callbacks import CheckpointCallback, MetricsCallback, ValidationCallback
 from qat.train.data import train_loader
 from qat.train.losses import LossWeights
-from qat.train.module import CausalLMModule, OptimOptions
+from qat.train.low_rank import attach, merge
+from qat.train.module import CausalLMModule, OptimOptions, choose_trained
 from qat.train.phases import PhaseEntry
 from qat.train.sharding import gathered
-from qat.train.state import begin_at
+from qat.train.state import begin_at, restore_model
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Where and how long to train; see TrainerConfig for the meaning of each."""
+    """Where, what (see `choose_trained`) and how long to train; meanings in TrainerConfig and StageConfig."""
 
     accelerator: str = "cpu"
     strategy: str = "single"
@@ -46,6 +47,9 @@ class FitOptions:
     max_skipped_steps: int = 5
     loader_workers: int = 0
     seed: int = 0
+    trains: str = "all"
+    rank: int | None = None
+    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ def fit(
     L.seed_everything(options.seed, verbose=False)
     module = CausalLMModule(student, teacher, loss, optim, schedule, options.max_skipped_steps)
     student.train()
+    if options.rank is not None:
+        attach(student, options.rank, options.alpha, options.seed)
+    choose_trained(student, options.trains)
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     found, skipped = checkpoints.newest() if checkpoints else (None, [])
@@ -107,6 +114,10 @@ def fit(
             checkpoints.sweep()
             per_step = options.accumulate * options.batch_size * ranks.world()
             callbacks.append(CheckpointCallback(checkpoints, options.checkpoint_every, watcher, found, per_step))
+        if found and step >= options.max_steps:  # stopped after its last step; Lightning would call nobody
+            restore_model(found, student)
+            watcher.load_state(found.facts["watcher"], {})
+            return _result(student, options, step, watcher)
         trainer = _trainer(options, callbacks)
         begin_at(trainer, step)
         loader = train_loader(
@@ -116,8 +127,13 @@ def fit(
         )
         _run(trainer, module, loader)
     trained = gathered(module.student, student) if options.strategy == "fsdp2" else student.cpu()
-    trained.eval()
-    return FitResult(trained, trainer.global_step, watcher.tokens, watcher.step_seconds)
+    return _result(trained, options, trainer.global_step, watcher)
+
+
+def _result(trained: nn.Module, options: FitOptions, steps: int, watcher: MetricsCallback) -> FitResult:
+    if options.rank is not None:
+        merge(trained)
+    return FitResult(trained.eval(), steps, watcher.tokens, watcher.step_seconds)
 
 
 def _run(trainer: L.Trainer, module: CausalLMModule, loader: Any) -> None:

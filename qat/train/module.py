@@ -9,7 +9,7 @@ Letters: B windows, T tokens per window, M = B (T - 1) scored tokens, H hidden s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError, problem
-from qat.fake_quant import whole
+from qat.fake_quant import FakeQuantize, whole
 from qat.models import hidden_and_head
 from qat.nn.quant import QuantLinear
 from qat.progress import say
 from qat.train.losses import LossWeights, Teacher, distillation_loss
+from qat.train.low_rank import LowRank
 from qat.train.phases import PhaseEntry, PhaseState, apply_phase, state_at
 from qat.train.sharding import empty_copy, shard
 
@@ -39,6 +40,63 @@ class OptimOptions:
     final_lr_fraction: float
     grad_clip: float
     steps: int
+    kind: str = "adamw"
+
+
+def choose_trained(model: nn.Module, what: str) -> None:
+    """Let gradients flow to what of a model trains, norms and biases always.
+
+    Args:
+        what: `all`; `scales`, the integers held, those that the estimator does not learn too; `low_rank`, what
+            `low_rank.attach` added, in place of the matrices.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(what == "all" or parameter.dim() < 2)
+    for module in model.modules():
+        if isinstance(module, LowRank):
+            module.requires_grad_(True)
+        if isinstance(module, FakeQuantize):
+            for shift in module.parameters(recurse=False):
+                shift.requires_grad_(what == "scales" or module.estimator.learns_scale)
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], options: OptimOptions) -> list[dict[str, Any]]:
+    """Of what trains: matrices, vectors (no decay) and learned scales (own rate, no decay), for an optimizer."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        is_scale = name.endswith(("scale_shift", "zero_shift"))
+        (scales if is_scale else matrices if parameter.dim() >= 2 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
+        {"params": vectors, "lr": options.lr, "weight_decay": 0.0},
+        {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(groups: list[dict[str, Any]], options: OptimOptions) -> torch.optim.Optimizer:
+    """AdamW, or Adafactor (arXiv:1804.04235) whose rates mean what AdamW's do.
+
+    Adafactor multiplies the rate by max(eps2, size of the parameter); eps2 = 1 keeps it as it is given, also for scale
+    shifts, which begin at 0. eps1 keeps rows without a gradient, as of an embedding, from dividing by 0.
+    """
+    if options.kind == "adafactor":
+        return torch.optim.Adafactor(groups, eps=(1e-15, 1.0))
+    return torch.optim.AdamW(groups, betas=options.betas, eps=1e-8, fused=True)
+
+
+def lr_factor(step: int, options: OptimOptions) -> float:
+    """Share of the peak rate at a step: warm-up, then a cosine."""
+    warmup = round(options.warmup_fraction * options.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, options.steps - warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return options.final_lr_fraction + (1 - options.final_lr_fraction) * cosine
 
 
 class StudentLoss(nn.Module):
@@ -145,34 +203,12 @@ class CausalLMModule(L.LightningModule):
         return self._teacher[0].to(ids.device)(ids)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over weights, vectors (no decay) and learned scales (own rate, no decay); warm-up, then a cosine."""
+        """The optimizer over weights, vectors and learned scales (see `parameter_groups`); warm-up, then a cosine."""
         options = self.optim_options
-        matrices: list[nn.Parameter] = []
-        vectors: list[nn.Parameter] = []
-        scales: list[nn.Parameter] = []
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            is_scale = name.endswith(("scale_shift", "zero_shift"))
-            (scales if is_scale else matrices if parameter.dim() >= 2 else vectors).append(parameter)
-        groups = [
-            {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
-            {"params": vectors, "lr": options.lr, "weight_decay": 0.0},
-            {"params": scales, "lr": options.scale_lr, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=1e-8, fused=True)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        groups = parameter_groups(self.named_parameters(), options)
+        optimizer = make_optimizer(groups, options)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, options))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_factor(self, step: int) -> float:
-        options = self.optim_options
-        warmup = round(options.warmup_fraction * options.steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, options.steps - warmup))
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return options.final_lr_fraction + (1 - options.final_lr_fraction) * cosine
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Clip the global norm, and keep it for the log; a step whose gradient is not finite is skipped.

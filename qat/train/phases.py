@@ -6,6 +6,8 @@ phase whatever step it stopped at. Actions:
     fake_quantize    quantize (and stop watching)
     freeze_scales    hold every scale and zero point from here on
     bits N           weights whose scheme is narrower than N train at N bits
+    freeze_codes     hold every integer; scales may move. The stage `scales` does this, a schedule cannot: weights that
+                     train on would leave their integers
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from qat.fake_quant import FakeQuantize, Phase
 from qat.nn.quant import input_fake_quants, quantized_weights
 
-ACTIONS = ("observe", "fake_quantize", "freeze_scales", "bits")
+ACTIONS = ("observe", "fake_quantize", "freeze_scales", "bits", "freeze_codes")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class PhaseState:
     quantizing: bool = False
     frozen: bool = False
     bits: int = 0
+    codes_frozen: bool = False
 
     @property
     def name(self) -> str:
-        """For the log: `observe`, `fake_quantize`, `frozen`, with the width while it is above the scheme's."""
-        verb = "frozen" if self.frozen else "fake_quantize" if self.quantizing else "observe"
+        """For the log: `observe`, `fake_quantize`, `frozen`, `codes_frozen`; the width while above the scheme's."""
+        verb = "fake_quantize" if self.quantizing else "observe"
+        verb = "codes_frozen" if self.codes_frozen else "frozen" if self.frozen else verb
         return f"{verb}@{self.bits}" if self.bits else verb
 
 
@@ -59,6 +63,8 @@ def state_at(step: int, schedule: Sequence[PhaseEntry]) -> PhaseState:
             state = replace(state, observing=False, quantizing=True)
         elif entry.do == "freeze_scales":
             state = replace(state, observing=False, frozen=True)
+        elif entry.do == "freeze_codes":
+            state = replace(state, observing=False, codes_frozen=True)
         else:
             state = replace(state, bits=entry.bits or 0)
     return state
@@ -74,12 +80,14 @@ def apply_phase(model: nn.Module, state: PhaseState) -> None:
     for _, weight, fake_quant in quantized_weights(model):
         before = fake_quant.now
         bits = max(state.bits, fake_quant.spec.bits)
-        fake_quant.set_phase(Phase(False, state.quantizing, before.frozen, bits))
+        fake_quant.set_phase(replace(before, observing=False, quantizing=state.quantizing, bits=bits))
         sets_in = state.quantizing and not before.quantizing and not before.frozen
         if bits != before.bits or sets_in:
             _take_range(fake_quant, weight)
         if state.frozen and not before.frozen:
             fake_quant.freeze(weight)
+        if state.codes_frozen and not before.codes_frozen:
+            fake_quant.freeze_codes(weight)
     for _, fake_quant in input_fake_quants(model):
         frozen = fake_quant.now.frozen
         if fake_quant.now.observing and not state.observing and fake_quant.observer is not None and not frozen:

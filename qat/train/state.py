@@ -37,13 +37,23 @@ def begin_at(trainer: L.Trainer, step: int) -> None:
 
 def capture(trainer: L.Trainer, student: nn.Module, seen: dict[str, Tensor]) -> tuple[list[Piece], dict[str, Any]]:
     """This process's pieces, and the facts, of the state between two optimizer steps."""
-    pieces = [_piece(f"model.{name}", tensor) for name, tensor in state_tensors(student).items()]
+    pieces = model_pieces(student)
     pieces += [_piece(name, tensor) for name, tensor in _optimizer_tensors(trainer.optimizers[0], student)]
     pieces += [_piece(f"seen.{name}", tensor) for name, tensor in seen.items()]
-    mine = [piece for piece in pieces if ranks.rank() == 0 or piece.rows.shape != piece.shape]
+    mine = own_pieces(pieces)
     generators = [_piece(f"rng.{ranks.rank()}.{kind}", tensor) for kind, tensor in _generators().items()]
     schedule = trainer.lr_scheduler_configs[0].scheduler.state_dict()
     return mine + generators, {"step": trainer.global_step, "world": trainer.world_size, "schedule": schedule}
+
+
+def model_pieces(model: nn.Module) -> list[Piece]:
+    """All of a model's state that this process holds."""
+    return [_piece(f"model.{name}", tensor) for name, tensor in state_tensors(model).items()]
+
+
+def own_pieces(pieces: list[Piece]) -> list[Piece]:
+    """Those that this process is to save: what every process holds whole, rank 0 does."""
+    return [piece for piece in pieces if ranks.rank() == 0 or piece.rows.shape != piece.shape]
 
 
 def restore(checkpoint: Checkpoint, trainer: L.Trainer, student: nn.Module) -> dict[str, Tensor]:
@@ -52,7 +62,7 @@ def restore(checkpoint: Checkpoint, trainer: L.Trainer, student: nn.Module) -> d
     Raises:
         UserError: the checkpoint's tensors are not those of this model.
     """
-    _restore_model(checkpoint, student)
+    restore_model(checkpoint, student)
     optimizer = trainer.optimizers[0]
     _restore_optimizer(checkpoint, optimizer, student)
     schedule = trainer.lr_scheduler_configs[0].scheduler
@@ -95,7 +105,8 @@ def _read(checkpoint: Checkpoint, name: str, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _restore_model(checkpoint: Checkpoint, student: nn.Module) -> None:
+def restore_model(checkpoint: Checkpoint, student: nn.Module) -> None:
+    """Parameters and buffers alone; raises UserError when they are not those of this model."""
     wanted = {f"model.{name}": tensor for name, tensor in state_tensors(student).items()}
     there = {name for name in checkpoint.names if name.startswith("model.")}
     wrong = sorted(there ^ set(wanted)) or [n for n, t in wanted.items() if checkpoint.shape(n) != tuple(t.shape)]

@@ -245,7 +245,11 @@ def _results(
         "stages": train.summary(),
         "bits_per_weight": coverage.bits_per_weight,
         "bytes": {"float": 4 * coverage.weights, "packed": coverage.bytes},
-        "seconds": {"step_median": statistics.median(took) if took else None, "training": sum(took)},
+        "seconds": {
+            "step_median": statistics.median(took) if took else None,
+            "training": sum(took),
+            "stages": [sum(stage["step_seconds"]) for stage in train.stages],
+        },
         "tokens_per_second": train.tokens / sum(took) if took else None,
         "protocol": PROTOCOL.format(
             block=block, tokens=scores["fake_quant"].tokens, precision=config.evaluate.precision

@@ -53,8 +53,7 @@ class Trained:
 
     def summary(self) -> list[dict[str, Any]]:
         """The stages for results.json."""
-        plain = ("kind", "steps", "tokens")
-        return [{k: stage[k] for k in plain} | {"seconds": sum(stage["step_seconds"])} for stage in self.stages]
+        return [{key: stage[key] for key in ("kind", "steps", "tokens")} for stage in self.stages]
 
 
 def train(

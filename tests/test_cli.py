@@ -215,7 +215,7 @@ def test_train_that_fails_later_ends_with_1_and_says_so_in_the_folder(train, tmp
     def broken(*arguments):
         raise UserError("step 1: the loss must be finite, got nan. Lower it.", before_work=False)
 
-    monkeypatch.setattr(pipeline, "_train", broken)
+    monkeypatch.setattr(pipeline.stages, "train", broken)
     code, _, error = train()
     assert code == 1
     assert lines_of(error) == ["error: step 1: the loss must be finite, got nan. Lower it."]
@@ -228,7 +228,7 @@ def test_interrupt_ends_with_130_and_says_so_in_the_folder(train, tmp_path, monk
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_train", interrupted)
+    monkeypatch.setattr(pipeline.stages, "train", interrupted)
     code, _, error = train()
     assert code == 130
     assert error.endswith("interrupted\n")

@@ -96,7 +96,9 @@ def training(config: RunConfig, place: int = 0) -> dict[str, Any]:
         schedule = [PhaseEntry(0, "fake_quantize"), PhaseEntry(0, "freeze_codes")]
     optim = optimizer(config, stage)
     return {
-        "loss": LossWeights(distill.kl_weight, distill.ce_weight, distill.temperature, distill.chunk_tokens),
+        "loss": LossWeights(
+            distill.kl_weight, distill.ce_weight, distill.temperature, distill.chunk_tokens, distill.jsd_beta
+        ),
         "optim": optim,
         "schedule": schedule,
         "options": FitOptions(

@@ -99,7 +99,7 @@ ABOVE_ZERO = (
 )
 FRACTIONS = (
     *("data.eval_fraction", "plan.max_unsupported", "ptq.short_fraction"),
-    *("optim.warmup_fraction", "optim.final_lr_fraction"),
+    *("optim.warmup_fraction", "optim.final_lr_fraction", "distill.jsd_beta"),
 )
 
 
@@ -351,10 +351,16 @@ def _with_blockwise(config: RunConfig) -> Iterator[str]:
 
 
 def losses(config: RunConfig) -> Iterator[str]:
-    """At least one term of the loss is on."""
+    """At least one term of the loss is on, and the divergence is one."""
     if config.distill.kl_weight == 0 and config.distill.ce_weight == 0:
         fix = "Use distill=kl, ce or kl_ce."
         yield problem("distill", "kl_weight or ce_weight must be above 0", "0 for both", fix)
+    beta = config.distill.jsd_beta
+    if beta == 1:
+        fix = "Use 0.5 for the symmetric divergence, 0 for forward KL."
+        yield problem("distill.jsd_beta", "must be below 1, where nothing would be left of the student", beta, fix)
+    elif beta and config.distill.kl_weight == 0:
+        yield problem("distill.jsd_beta", "needs a float teacher", "kl_weight 0", "Use distill=jsd, or drop jsd_beta.")
 
 
 def trainer(config: RunConfig) -> Iterator[str]:

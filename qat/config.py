@@ -180,6 +180,8 @@ class DistillConfig:
     """Weight of next-token cross entropy on the text."""
     temperature: float = 1.0
     """Softens both distributions; the KL term is scaled by its square."""
+    jsd_beta: float = 0.0
+    """0 is forward KL; between 0 and 1, the generalized Jensen-Shannon divergence in its place (0.5: the symmetric)."""
     chunk_tokens: int = 256
     """Tokens whose logits exist at one time."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_machine import busy_core, check_quiet, describe, others_share, read_bandwidth
+from bench_machine import busy_core, check_quiet, describe, fastest, others_share, read_bandwidth
 from decode_contenders import contenders
 from torch import Tensor
 
@@ -102,10 +102,14 @@ def checked_contenders(args: argparse.Namespace, ids: Tensor, result: dict[str, 
     return found
 
 
-def measure(found: list[Any], ids: Tensor, threads: int, rounds: int, tokens: int, long: bool) -> dict[str, dict]:
-    """Per contender, lists of tokens per second: decode at a short and a long context, and prefill."""
+def measure(
+    found: list[Any], ids: Tensor, threads: int, rounds: int, tokens: int, long: bool
+) -> tuple[dict[str, dict], dict[str, float]]:
+    """Per contender, lists of tokens per second: decode at a short and a long context, prefill; and the bandwidth."""
     speeds: dict[str, dict[str, list[float]]] = {one.name: {} for one in found}
+    bandwidth: dict[str, float] = {}
     for number in range(rounds + 1):
+        bandwidth = fastest(bandwidth, read_bandwidth(threads))
         for one in found:
             _, short = one.measure(ids[:SHORT], ids[SHORT : SHORT + tokens], threads)
             prefill, _ = one.measure(ids[:PREFILL], ids[:0], threads)
@@ -117,7 +121,7 @@ def measure(found: list[Any], ids: Tensor, threads: int, rounds: int, tokens: in
                 for key, value in values.items():
                     speeds[one.name].setdefault(key, []).append(value)
             print(f"round {number}, {threads} threads, {one.name}: {values}", file=sys.stderr)
-    return speeds
+    return speeds, bandwidth
 
 
 def rows_of(found: list[Any], speeds: dict[str, dict], threads: int, bandwidth: float) -> list[dict[str, Any]]:
@@ -150,14 +154,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(100, 40000, (LONG + args.tokens,), generator=torch.Generator().manual_seed(0))
     for threads in (1, 2):
         result["others_share_before"] = max(result["others_share_before"], check_quiet(args.noisy))
-        result["bandwidth"][threads] = read_bandwidth(threads)
-        peak = max(result["bandwidth"][threads].values())
-        speeds = measure(found, ids, threads, args.rounds, args.tokens, not args.short)
-        result["rows"] += rows_of(found, speeds, threads, peak)
+        speeds, result["bandwidth"][threads] = measure(found, ids, threads, args.rounds, args.tokens, not args.short)
+        result["rows"] += rows_of(found, speeds, threads, max(result["bandwidth"][threads].values()))
     if args.busy:
         with busy_core():
             for threads in (1, 2):
-                speeds = measure(found, ids, threads, args.rounds, args.tokens, False)
+                speeds, _ = measure(found, ids, threads, args.rounds, args.tokens, False)
                 peak = max(result["bandwidth"][threads].values())
                 result.setdefault("busy_rows", []).extend(rows_of(found, speeds, threads, peak))
     result["others_share_after"] = others_share()

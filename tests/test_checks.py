@@ -109,6 +109,7 @@ REFUSED = [
     ("trainer.devices", 2, "^trainer.strategy: single is one process, got devices=2 nodes=1"),
     ("trainer.nodes", 2, "^trainer.strategy: single is one process, got devices=1 nodes=2"),
     ("distill.kl_weight", 0.0, "^distill: kl_weight or ce_weight must be above 0"),
+    ("distill.jsd_beta", 1.0, "^distill.jsd_beta: must be below 1"),
 ]
 
 

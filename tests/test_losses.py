@@ -34,7 +34,15 @@ def textbook(hidden, head, bias, labels, teacher, weights):
     kl = t**2 * F.kl_div(
         (logits / t).log_softmax(-1), (theirs / t).log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    return weights.ce * ce + weights.kl * kl, ce, kl
+    shares = (theirs / t).softmax(-1), (logits / t).softmax(-1)
+    term = kl if weights.beta == 0 else t**2 * jensen_shannon(*shares, weights.beta)
+    return weights.ce * ce + weights.kl * term, ce, kl
+
+
+def jensen_shannon(teacher, student, beta):
+    middle = beta * teacher + (1 - beta) * student
+    kl = [(p * (p / middle).log()).sum(-1).mean() for p in (teacher, student)]
+    return beta * kl[0] + (1 - beta) * kl[1]
 
 
 TERMS = {
@@ -43,6 +51,8 @@ TERMS = {
     "both": {"kl": 0.3, "ce": 0.7},
     "temperature": {"kl": 0.5, "ce": 0.5, "temperature": 2.0},
     "cold": {"kl": 1.0, "ce": 0.0, "temperature": 0.5},
+    "jsd": {"kl": 1.0, "ce": 0.0, "beta": 0.5},
+    "jsd with text": {"kl": 0.5, "ce": 0.5, "temperature": 2.0, "beta": 0.1},
 }
 
 

@@ -1,6 +1,9 @@
 """Cross entropy and distillation from hidden states, a chunk of tokens at a time.
 
-    loss = (ce * CE(labels, student) + kl * T^2 * KL(teacher || student)) averaged over the scored tokens
+    loss = (ce * CE(labels, student) + kl * T^2 * D(teacher, student)) averaged over the scored tokens
+
+D is forward KL(teacher || student), or with 0 < beta < 1 the generalized Jensen-Shannon divergence
+beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student (GKD, arXiv:2306.13649).
 
 The vocabulary is large (49k for SmolLM2, 128k for Llama 3): whole-batch float32 logits of student and teacher would be
 the largest tensors of the step. Here logits exist for `chunk` tokens at a time, and their gradient, which has a closed
@@ -13,6 +16,7 @@ Letters: M scored tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +25,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the two terms, the temperature of the second, and the tokens per chunk."""
+    """Weights of the two terms, the temperature of the second, the tokens per chunk, and beta of the second (0: KL)."""
 
     kl: float = 1.0
     ce: float = 0.0
     temperature: float = 1.0
     chunk: int = 256
+    beta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,15 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-        ce_sum = kl_sum = torch.zeros((), device=hidden.device)
+        ce_sum = kl_sum = term_sum = torch.zeros((), device=hidden.device)
         dtype = head.dtype
         for start in range(0, count, weights.chunk):
             rows = slice(start, start + weights.chunk)
             h = hidden[rows].to(dtype)
             logits = torch.nn.functional.linear(h, head, bias).float()
             teacher_logits = None if teacher is None else _teacher_logits(teacher, rows)
-            d_logits, ce, kl = _chunk_gradient(logits, labels[rows], teacher_logits, weights)
-            ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
+            d_logits, ce, kl, term = _chunk_gradient(logits, labels[rows], teacher_logits, weights)
+            ce_sum, kl_sum, term_sum = ce_sum + ce, kl_sum + kl, term_sum + term
             d_logits = d_logits.div_(count)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -81,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(d_hidden, d_head, d_bias)
         ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
         ce_mean, kl_mean = ce_sum / count, kl_sum / count
-        loss = weights.ce * ce_mean + weights.kl * kl_mean
+        loss = weights.ce * ce_mean + weights.kl * term_sum / count
         ctx.mark_non_differentiable(ce_mean, kl_mean)
         return loss, ce_mean, kl_mean
 
@@ -101,10 +106,10 @@ def _teacher_logits(teacher: Teacher, rows: slice) -> Tensor:
 
 def _chunk_gradient(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, weights: LossWeights
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the chunk's summed loss by its logits [m, V] float32, and the summed CE and KL."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of the chunk's summed loss by its logits [m, V] float32, and the summed CE, KL and T^2 D."""
     zero = torch.zeros((), device=logits.device)
-    gradient, ce, kl = None, zero, zero
+    gradient, ce, kl, term = None, zero, zero, zero
     if weights.ce > 0 or teacher_logits is None:
         log_p = logits.log_softmax(-1)
         ce = -log_p.gather(-1, labels[:, None]).sum()
@@ -115,9 +120,30 @@ def _chunk_gradient(
         temperature = weights.temperature
         log_t = (teacher_logits / temperature).log_softmax(-1)
         log_s = (logits / temperature).log_softmax(-1)
-        p_t = log_t.exp()
-        kl = (p_t * log_t.sub_(log_s)).sum() * temperature**2
-        d_kl = log_s.exp_().sub_(p_t).mul_(weights.kl * temperature)
-        gradient = d_kl if gradient is None else gradient.add_(d_kl)
+        d_term, kl, term = (_jensen_shannon if weights.beta else _forward_kl)(log_t, log_s, weights.beta)
+        d_term.mul_(weights.kl * temperature)
+        kl, term = kl * temperature**2, term * temperature**2
+        gradient = d_term if gradient is None else gradient.add_(d_term)
     assert gradient is not None
-    return gradient, ce, kl
+    return gradient, ce, kl, term
+
+
+def _forward_kl(log_t: Tensor, log_s: Tensor, _: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the summed KL by the student's logits [m, V], and that sum twice; the arguments are overwritten."""
+    p_t = log_t.exp()
+    kl = (p_t * log_t.sub_(log_s)).sum()
+    return log_s.exp_().sub_(p_t), kl, kl
+
+
+def _jensen_shannon(log_t: Tensor, log_s: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the summed divergence by the student's logits [m, V], the summed KL, and the summed divergence.
+
+    With s the student's probabilities and g = (1 - beta) log(s / m), the gradient is s (g - sum of s g).
+    """
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log(1 - beta))
+    p_t, p_s = log_t.exp(), log_s.exp()
+    kl = (p_t * (log_t - log_s)).sum()
+    g = (log_s - log_m).mul_(1 - beta)
+    mean = (p_s * g).sum(-1, keepdim=True)
+    term = (p_t * (log_t - log_m)).sum() * beta + mean.sum()
+    return p_s.mul_(g.sub_(mean)), kl, term

@@ -13,6 +13,7 @@ Letters: M tokens, N out_features, K in_features, R rows of any tensor, G groups
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -135,7 +136,33 @@ def integer_linear(
         rest: (Gradients of the weight, dtype of the result and of the backward matmuls).
     """
     scale, zero_point = (None, None) if raw is None else raw
-    return _IntegerLinear.apply(x, weight, scale, zero_point, there, specs, *rest)
+    inputs = _last_inputs.rounded(x, specs[1], weight.shape[-1] // there.scale.shape[-1])
+    return _IntegerLinear.apply(x, weight, scale, zero_point, inputs, there, specs[0], *rest)
+
+
+class _LastInputs:
+    """The rounding of the tensor that a layer read last: q, k and v read one tensor, gate and up another."""
+
+    def __init__(self) -> None:
+        self.of: weakref.ref[Tensor] | None = None
+        self.key: Any = None
+        self.made: tuple[Tensor, ...] = ()
+
+    def rounded(self, x: Tensor, spec: QuantSpec, size: int) -> tuple[Tensor, ...]:
+        """Codes [M, K] of x [..., K] rounded per token, their sums over groups of `size` [M, G], and scales [M, 1]."""
+        key = (None if x.is_inference() else x._version, spec, size)
+        if self.of is None or self.of() is not x or self.key != key or key[0] is None:
+            rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+            _, codes, sums, scale, _ = _quantize(rows, None, spec, 0, True, size)
+            self.of, self.key, self.made = weakref.ref(x, self._forget), key, (codes, sums, scale)
+        return self.made
+
+    def _forget(self, of: Any) -> None:
+        if of is self.of:
+            self.of, self.made = None, ()
+
+
+_last_inputs = _LastInputs()
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -155,11 +182,8 @@ class _FakeQuantize(torch.autograd.Function):
 
 class _IntegerLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, scale, zero_point, there, specs, gradients, dtype):
-        spec, input_spec = specs
-        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        size = weight.shape[-1] // there.scale.shape[-1]
-        _, codes, sums, token_scale, _ = _quantize(rows, None, input_spec, 0, True, size)
+    def forward(ctx, x, weight, scale, zero_point, inputs, there, spec, gradients, dtype):
+        codes, sums, token_scale = inputs
         # rounded to the dtype of x first, as a served layer does
         narrow = torch.bfloat16 in (x.dtype, dtype)
         y = torch.ops.qat.integer_linear(
@@ -186,7 +210,7 @@ class _IntegerLinear(torch.autograd.Function):
             no_zero = zero_point.new_empty(0, 0)
             fake_MK = torch.ops.qat.grid_dequantize(codes, token_scale, no_zero, codes.shape[1], narrow)
             rest = _gradients(grad_MN.t() @ fake_MK, weight, scale, zero_point, ctx)
-        return dx, *rest, None, None, None, None
+        return dx, *rest, None, None, None, None, None
 
 
 def _gradients(

@@ -116,15 +116,13 @@ class Pace {
     if (most != most_) *this = Pace(most);
     if (most_ <= 1) return 1;
     if (tried_ < count_ * WARM) return level(tried_ / WARM);
-    if (++since_ >= interval_) {
+    if (probes_ == 0 && ++since_ >= interval_) {
       since_ = 0;
-      probing_ = true;
+      probes_ = WARM;
       other_ = (other_ + 1) % count_;
       if (other_ == best_) other_ = (other_ + 1) % count_;
-      return level(other_);
     }
-    probing_ = false;
-    return level(best_);
+    return level(probes_ > 0 ? other_ : best_);
   }
 
   // `seconds` of a step for each unit of its work
@@ -136,8 +134,9 @@ class Pace {
       if (tried_ == count_ * WARM) pick();
       return;
     }
-    if (probing_) {
-      cost_[other_] = seconds;
+    if (probes_ > 0) {  // the first of them may only wake a thread that sleeps
+      cost_[other_] = probes_ == WARM ? seconds : std::min(cost_[other_], seconds);
+      if (--probes_ > 0) return;
       const int before = best_;
       pick();
       interval_ = best_ != before ? FIRST : std::min(2 * interval_, LONGEST);
@@ -167,8 +166,7 @@ class Pace {
 
  private:
   int most_ = 0, count_ = 0, tried_ = 0, best_ = 0, other_ = 0;
-  int since_ = 0, interval_ = FIRST;
-  bool probing_ = false;
+  int since_ = 0, interval_ = FIRST, probes_ = 0;
   double cost_[LEVELS + 1] = {};
 };
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_machine import busy_core, check_quiet, describe, fastest, others_share, read_bandwidth
+from bench_machine import busy_core, check_quiet, describe, fastest, median_share, others_share, read_bandwidth
 from decode_contenders import contenders
 from torch import Tensor
 
@@ -104,12 +104,13 @@ def checked_contenders(args: argparse.Namespace, ids: Tensor, result: dict[str, 
 
 def measure(
     found: list[Any], ids: Tensor, threads: int, rounds: int, tokens: int, long: bool
-) -> tuple[dict[str, dict], dict[str, float]]:
+) -> tuple[dict[str, dict], list[dict[str, float]]]:
     """Per contender, lists of tokens per second: decode at a short and a long context, prefill; and the bandwidth."""
     speeds: dict[str, dict[str, list[float]]] = {one.name: {} for one in found}
-    bandwidth: dict[str, float] = {}
+    bandwidth: list[dict[str, float]] = []
     for number in range(rounds + 1):
-        bandwidth = fastest(bandwidth, read_bandwidth(threads))
+        if number:
+            bandwidth.append(read_bandwidth(threads))
         for one in found:
             _, short = one.measure(ids[:SHORT], ids[SHORT : SHORT + tokens], threads)
             prefill, _ = one.measure(ids[:PREFILL], ids[:0], threads)
@@ -124,14 +125,17 @@ def measure(
     return speeds, bandwidth
 
 
-def rows_of(found: list[Any], speeds: dict[str, dict], threads: int, bandwidth: float) -> list[dict[str, Any]]:
+def rows_of(
+    found: list[Any], speeds: dict[str, dict], threads: int, bandwidth: list[dict[str, float]]
+) -> list[dict[str, Any]]:
     """Medians and spreads of one thread count."""
     rows = []
     for one in found:
         row: dict[str, Any] = {"name": one.name, "threads": threads, "megabytes_per_token": one.bytes_per_token / 1e6}
         for key, values in speeds[one.name].items():
             row[key], row[f"{key}_spread"] = statistics.median(values), [min(values), max(values)]
-        row["share_of_bandwidth"] = row["decode"] * one.bytes_per_token / 1e9 / bandwidth
+        read = [speed * one.bytes_per_token / 1e9 for speed in speeds[one.name]["decode"]]
+        row["share_of_bandwidth"] = median_share(read, bandwidth)
         rows.append(row)
     return rows
 
@@ -154,14 +158,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(100, 40000, (LONG + args.tokens,), generator=torch.Generator().manual_seed(0))
     for threads in (1, 2):
         result["others_share_before"] = max(result["others_share_before"], check_quiet(args.noisy))
-        speeds, result["bandwidth"][threads] = measure(found, ids, threads, args.rounds, args.tokens, not args.short)
-        result["rows"] += rows_of(found, speeds, threads, max(result["bandwidth"][threads].values()))
+        speeds, bandwidth = measure(found, ids, threads, args.rounds, args.tokens, not args.short)
+        result["bandwidth"][threads] = fastest(bandwidth)
+        result["rows"] += rows_of(found, speeds, threads, bandwidth)
     if args.busy:
         with busy_core():
             for threads in (1, 2):
-                speeds, _ = measure(found, ids, threads, args.rounds, args.tokens, False)
-                peak = max(result["bandwidth"][threads].values())
-                result.setdefault("busy_rows", []).extend(rows_of(found, speeds, threads, peak))
+                made = measure(found, ids, threads, args.rounds, args.tokens, False)
+                result.setdefault("busy_rows", []).extend(rows_of(found, made[0], threads, made[1]))
     result["others_share_after"] = others_share()
     result["quiet"] = max(result["others_share_before"], result["others_share_after"]) <= 0.06
     return result

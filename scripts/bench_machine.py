@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -113,7 +114,7 @@ def read_bandwidth(threads: int) -> dict[str, float]:
     """GB/s of reading 256 MB with that many threads, by each method; the largest is the peak used for shares.
 
     The bytes stand in 2 MB pages, as our weights do. Neighbours on the host change the bandwidth from minute to minute,
-    so benchmarks ask in every round and keep the `fastest`.
+    so benchmarks ask in every round.
     """
     block = _block()
     torch.set_num_threads(threads)
@@ -129,9 +130,14 @@ def read_bandwidth(threads: int) -> dict[str, float]:
     return found
 
 
-def fastest(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-    """Of two answers of `read_bandwidth`, the larger by each method; either may be empty."""
-    return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in one | other}
+def fastest(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The largest by each method of several answers of `read_bandwidth`."""
+    return {name: max(found[name] for found in rounds) for name in rounds[0]}
+
+
+def median_share(speeds: list[float], rounds: list[dict[str, float]]) -> float:
+    """Median over the rounds of a speed in GB/s as a share of the read bandwidth found in the same round."""
+    return statistics.median(speed / max(found.values()) for speed, found in zip(speeds, rounds, strict=True))
 
 
 @cache

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_machine import check_quiet, describe, fastest, others_share, read_bandwidth
+from bench_machine import check_quiet, describe, fastest, median_share, others_share, read_bandwidth
 from ops_peers import openvino_op, ort_op, peers_path
 from torch import Tensor
 
@@ -147,7 +147,7 @@ def microseconds(op: Op, x: Tensor) -> float:
 
 def matmul_rows(args: argparse.Namespace, threads: int, result: dict[str, Any]) -> list[dict[str, Any]]:
     """Every contender at every number of rows; tells `result` of the absent ones and of the read bandwidth."""
-    absent, bandwidth = result["absent"], dict[str, float]()
+    absent, bandwidth = result["absent"], list[dict[str, float]]()
     w4 = rounded(args.n, args.k, QuantSpec(4, True, "group", GROUP))
     w8 = rounded(args.n, args.k, QuantSpec(8))
     ops = our_ops(w4, w8)
@@ -169,8 +169,8 @@ def matmul_rows(args: argparse.Namespace, threads: int, result: dict[str, Any]) 
                 absent[f"{name}, {m} rows"] = str(error).splitlines()[0]
                 del times[name]
         for number in range(args.rounds + 1):
-            if m == 1:
-                bandwidth = fastest(bandwidth, read_bandwidth(threads))
+            if m == 1 and number:
+                bandwidth.append(read_bandwidth(threads))
             for name in times:
                 took = microseconds(ops[name], x)
                 if number:
@@ -181,10 +181,11 @@ def matmul_rows(args: argparse.Namespace, threads: int, result: dict[str, Any]) 
             row |= {"microseconds": median, "spread": [min(values), max(values)]}
             if m == 1:
                 row["gigabytes_per_second"] = ops[name][0] / median / 1e3
-                row["share_of_bandwidth"] = row["gigabytes_per_second"] / max(bandwidth.values())
+                speeds = [ops[name][0] / took / 1e3 for took in values]
+                row["share_of_bandwidth"] = median_share(speeds, bandwidth)
             rows.append(row)
             print(row, file=sys.stderr)
-    result["bandwidth"][threads] = bandwidth or read_bandwidth(threads)
+    result["bandwidth"][threads] = fastest(bandwidth or [read_bandwidth(threads)])
     return rows
 
 

@@ -122,14 +122,14 @@ def timed(args: argparse.Namespace, threads: int, ids: torch.Tensor) -> list[dic
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Times, then memory, for every number of threads."""
     ids = tokens_of(args)
+    made = [row for threads in args.threads for row in timed(args, threads, ids)]
+    gc.collect()
+    print("times are taken; memory follows", file=sys.stderr)
+    memory = {(row["name"], row["threads"]): memory_of(row["name"], args.tokens, row["threads"]) for row in made}
     rows = []
-    for threads in args.threads:
-        made = timed(args, threads, ids)
-        gc.collect()
-        memory = {row["name"]: memory_of(row["name"], args.tokens, threads) for row in made}
-        for row in made:
-            own = memory[row["name"]]
-            rows.append(row | {"peak_memory_gib": own, "memory_ratio": own / memory["plain"]})
+    for row in made:
+        own = memory[row["name"], row["threads"]]
+        rows.append(row | {"peak_memory_gib": own, "memory_ratio": own / memory["plain", row["threads"]]})
     machine = platform.machine()
     return {"machine": machine, "torch": torch.__version__, "tokens": ids.numel(), "rounds": args.rounds, "rows": rows}
 

@@ -65,7 +65,8 @@ using GradientFn = void (*)(const GradientJob&, int64_t row_begin, int64_t row_e
 using PanelFn = void (*)(const int8_t* codes, int64_t stride, int64_t rows, int64_t k, int offset, uint8_t* lines);
 // (codes - zero) * scale as float32 or bfloat16
 using DequantizeFn = void (*)(const GridJob&, int64_t row_begin, int64_t row_end);
-using NarrowFn = void (*)(const float* x, int64_t count, uint16_t* bf16);
+// x [rows, count] as bfloat16; rows stand ldx and ldo values apart.
+using NarrowFn = void (*)(const float* x, int64_t ldx, int64_t rows, int64_t count, uint16_t* bf16, int64_t ldo);
 
 struct TrainKernels {
   GridFn quantize;

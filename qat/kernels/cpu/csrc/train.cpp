@@ -163,7 +163,7 @@ qat::Panel panel_of(const Weight& w, int64_t first, uint8_t* lines, uint16_t* sc
       wide[r] = w.scale[at];
       if (w.zero) zeros[g * qat::PANEL_ROWS + r] = static_cast<int8_t>(w.zero[at]);
     }
-    train.narrow(wide, qat::PANEL_ROWS, scales + g * qat::PANEL_ROWS);
+    train.narrow(wide, 0, 1, qat::PANEL_ROWS, scales + g * qat::PANEL_ROWS, 0);
   }
   return {lines, scales, w.zero ? zeros : nullptr, w.groups, w.k / w.groups, w.offset};
 }
@@ -204,8 +204,7 @@ Tensor integer_linear(Tensor x_codes, Tensor x_sums, Tensor x_scale, Tensor w_co
         const int64_t count = std::min(CHUNK, m - first);
         const qat::Inputs part{in.codes + first * k, in.sums + first * groups, in.scales + first, nullptr, k, 1};
         qat::kernels().gemm(panel, part, 0, count, wide, ROWS, rows);
-        for (int64_t i = 0; i < count; ++i)
-          qat::kernels().train->narrow(wide + i * ROWS, rows, data<uint16_t>(y) + (first + i) * n + p * ROWS);
+        qat::kernels().train->narrow(wide, ROWS, count, rows, data<uint16_t>(y) + first * n + p * ROWS, n);
       }
     }
   });

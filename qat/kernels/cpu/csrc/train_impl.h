@@ -49,7 +49,7 @@ inline const float* floats(const void* data, bool bf16, int64_t at, int64_t coun
   return scratch;
 }
 
-void narrow(const float* x, int64_t count, uint16_t* bf16) {
+inline void narrow(const float* x, int64_t count, uint16_t* bf16) {
   for (int64_t i = 0; i < count; ++i) bf16[i] = to_bf16(x[i]);
 }
 
@@ -228,6 +228,15 @@ void make_panel(const int8_t* codes, int64_t stride, int64_t rows, int64_t k, in
   }
 }
 
-const qat::TrainKernels train_kernels{grid_quantize, grid_gradient, grid_dequantize, make_panel, narrow};
+void narrow_rows(const float* x, int64_t ldx, int64_t rows, int64_t count, uint16_t* bf16, int64_t ldo) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (count == qat::PANEL_ROWS)  // a length the compiler knows
+      narrow(x + r * ldx, qat::PANEL_ROWS, bf16 + r * ldo);
+    else
+      narrow(x + r * ldx, count, bf16 + r * ldo);
+  }
+}
+
+const qat::TrainKernels train_kernels{grid_quantize, grid_gradient, grid_dequantize, make_panel, narrow_rows};
 
 }  // namespace

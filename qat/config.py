@@ -139,7 +139,7 @@ class FakeQuantConfig:
 @dataclass
 class PtqConfig:
     method: str = "none"
-    """none, rtn, rtn_mse, gptq, awq or squeezellm: how weights and scales are chosen before the first step."""
+    """none, rtn, rtn_mse, gptq or awq: how weights and scales are chosen before the first step."""
     keep: str = "weights"
     """What training starts from: weights (the method's own, on its grid) or scales (its grid, the float weights)."""
     windows: int = 128

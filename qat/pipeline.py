@@ -85,6 +85,7 @@ def run(config: RunConfig, resolved: str, resume: Resume | None = None) -> Path:
         _enter(folder, "verifying", train.steps)
         parity = _fresh_process("verify", str(folder.path))
         answers = _answers(config, export)
+        results["decode"] = _decode_speed(config, export)
         _finish(config, folder, results, json.loads(parity), answers)
         folder.status("finished", stage="finished", step=train.steps)
     return folder.path
@@ -315,6 +316,12 @@ def _answers(config: RunConfig, export: Path) -> list[dict]:
         return []
     arguments = [str(export), "--json", f"--max-new-tokens={config.export.max_new_tokens}"]
     return json.loads(_fresh_process("generate", *arguments, *config.export.prompts))
+
+
+def _decode_speed(config: RunConfig, export: Path) -> dict[str, Any] | None:
+    """Tokens per second of the export, its threads and what ran it; None unless asked for."""
+    tokens = config.evaluate.decode_tokens
+    return json.loads(_fresh_process("generate", str(export), f"--measure={tokens}")) if tokens else None
 
 
 def _fresh_process(*arguments: str) -> str:

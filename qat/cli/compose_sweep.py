@@ -97,6 +97,10 @@ def compose_sweep(words: Sequence[str]) -> SweepPlan:
     if config.pruning.kind != "off" and config.pruning.watch.startswith("validation") and not base.trainer.eval_every:
         fix = "Set trainer.eval_every, or watch train.loss."
         problems.append(problem("sweep.pruning.watch", "needs validation lines: trainer.eval_every above 0", 0, fix))
+    measured = [*(objective.metric for objective in config.objectives), *config.record]
+    if "decode.tokens_per_second" in measured and not base.evaluate.decode_tokens:
+        fix = "Add evaluate.decode_tokens=64."
+        problems.append(problem("decode.tokens_per_second", "needs evaluate.decode_tokens above 0", 0, fix))
     if problems:
         raise UserError(*problems)
     return SweepPlan(config, overrides, base)

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stage_config": set(),
     "config": {"errors", "scheme", "stage_config"},
     "checks": {"errors", "config", "stage_config"},
-    "scaling": {"config"},
+    "scaling": {"config", "stage_config"},
     "metrics": {"errors", "progress", "paths"},
     "report": {"errors"},
     "grid": {"scheme"},

@@ -164,7 +164,9 @@ def _calibrate(
     write_json_atomic(folder.path / "coverage.json", coverage.to_dict())
     calibration = windows.train[: config.fake_quant.calibration_batches * config.trainer.batch_size]
     calibrate(student, calibration, config.trainer.batch_size)
-    folder.record(ptq=build.apply_ptq(student, windows.train, config))
+    # what a training has saved holds what the method found
+    if config.ptq.method == "none" or not stages.begun(config, folder):
+        folder.record(ptq=build.apply_ptq(student, windows.train, config))
     steps = [length(stage, config.trainer.max_steps) for stage in config.stages.schedule if stage.kind != "blockwise"]
     has_teacher = config.distill.kl_weight > 0 and any(steps)
     teacher = as_teacher(floating, config.trainer.precision) if has_teacher else None

@@ -3,7 +3,7 @@
     python scripts/bench_overhead.py [--steps 8] [--rounds 5] [--threads 2] [--noisy] [overrides of qat train ...]
 
 The recipe smollm2_quickstart through the training loop itself, three ways: bare (nothing is saved, no signal is heard),
-polled (a held run folder, signals asked for at every step), saving (a checkpoint every second step as well). Whole steps
+polled (a held run folder, signals asked for at every step), saving (a checkpoint every second step too). Whole steps
 are compared round by round; what the callback takes is also timed alone, since a share below one percent drowns in the
 noise of steps. Saving is divided by the default interval. Nothing is printed when the losses are not the same to the
 last bit, or when others use the machine.

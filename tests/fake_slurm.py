@@ -1,7 +1,7 @@
 """A SLURM of one machine on the PATH: sbatch runs the script, sacct and squeue know it, scancel and scontrol act on it.
 
-Jobs are folders of `jobs/`. While a file `full` stands in the folder new jobs wait; what `ends_as` holds becomes the last
-state of jobs that fail; `refuses` holds what sbatch says instead of taking a job.
+Jobs are folders of `jobs/`. While a file `full` stands in the folder new jobs wait; what `ends_as` holds becomes the
+last state of jobs that fail; `refuses` holds what sbatch says instead of taking a job.
 """
 
 from __future__ import annotations

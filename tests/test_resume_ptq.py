@@ -15,6 +15,8 @@ from qat.run_folder import RunFolder
 WORDS = ["scheme=w4a16_g32", "ptq.windows=16", "evaluate.baselines=false"]
 WORDS += ["trainer.max_steps=4", "trainer.checkpoint_every=2", "trainer.layer_stats_every=1"]
 
+BLOCKS = ["stages=blockwise_then_kl", "stages.schedule.0.steps=3"]
+
 
 @pytest.fixture
 def applied(monkeypatch) -> list[str]:
@@ -55,7 +57,7 @@ def cut(stage: str, monkeypatch, *arguments) -> None:
     ("start", "repeated"),
     [
         (["ptq=gptq"], {"loading": True, "training": False, "evaluating": False}),
-        (["ptq=awq", "fake_quant=learned", "stages=blockwise_then_kl", "stages.schedule.0.steps=3"], {"training": False}),
+        (["ptq=awq", "fake_quant=learned", *BLOCKS], {"training": False}),
         (["ptq=rtn_mse", "stages=scales_last", "stages.schedule.1.steps=2"], {"training": False}),
     ],
     ids=["gptq", "awq-blocks", "rtn_mse-scales"],

@@ -54,7 +54,7 @@ def test_shipped_sweep_composes_and_is_listed(name):
 
 def test_speed_of_decoding_is_a_metric_of_runs_that_measure_it(sweep):
     word = sweep(("sampler: random", "sampler: random\nrecord: [bits_per_weight, decode.tokens_per_second]"))
-    with pytest.raises(UserError, match=r"needs evaluate\.decode_tokens above 0, got 0\. Add evaluate\.decode_tokens=64"):
+    with pytest.raises(UserError, match=r"needs evaluate\.decode_tokens above 0, got 0\. Add evaluate\.decode_tokens="):
         compose_sweep([word, "recipe=tiny", *PATHS])
     plan = compose_sweep([word, "recipe=tiny", "evaluate.decode_tokens=8", *PATHS])
     assert plan.base.evaluate.decode_tokens == 8

@@ -72,7 +72,8 @@ def test_what_slurm_ends_and_what_it_refuses_is_said(cluster, folder, tmp_path):
     assert read_sweep(folder).trials[0].reason == "exit 1: SLURM job 100 ended as TIMEOUT"
     cluster.say("refuses", "sbatch: error: invalid partition specified: gpu")
     run(sweep_of(1.0), tmp_path / "t", launch=SlurmJob)
-    assert "sbatch: must take the job, got 'sbatch: error: invalid partition" in read_sweep(tmp_path / "t").trials[0].reason
+    reason = read_sweep(tmp_path / "t").trials[0].reason
+    assert "sbatch: must take the job, got 'sbatch: error: invalid partition" in reason
 
 
 def test_hopeless_job_is_stopped_early_and_counts_as_pruned(cluster, folder):

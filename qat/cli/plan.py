@@ -80,7 +80,7 @@ def figures(shape: Any, config: Any) -> dict[str, Any]:
         return {name: size / GIB for name, size in parts.items()}
 
     stages = stage_needs(shape, config)
-    largest = max(stages, key=lambda stage: stage.memory.peak)
+    largest, host = max(stages, key=lambda stage: stage.memory.peak), max(stage.memory.host for stage in stages)
     jobs = [(stage.memory.peak, place, stage.job) for place, stage in enumerate(stages) if stage.job is not None]
     job = max(jobs)[2] if jobs else job_of(config)
     strategies = {}
@@ -96,7 +96,7 @@ def figures(shape: Any, config: Any) -> dict[str, Any]:
     return {
         "memory_gib": {**gib(largest.memory.parts), "total": largest.memory.peak / GIB},
         # under fsdp2 one rank loads the models and deals them out
-        "host_gib": (1 if job.strategy == "fsdp2" else config.trainer.devices) * max(stage.memory.host for stage in stages) / GIB,
+        "host_gib": (1 if job.strategy == "fsdp2" else config.trainer.devices) * host / GIB,
         "strategies": strategies,
         "tokens_per_step": job.tokens_per_step,
         "steps": sum(stage.steps for stage in stages),

@@ -256,7 +256,7 @@ def kv_table(bench: dict[str, Any]) -> str:
 
 
 def overhead_table(bench: dict[str, Any]) -> str:
-    """What checkpoints and signals add to the training step in Markdown: each alone, and whole steps with and without."""
+    """What checkpoints and signals add to the training step in Markdown: each alone, and in whole steps."""
 
     def line(what: str, seconds: float, share: float) -> tuple[str, ...]:
         return what, f"{1e3 * seconds:.3g}", f"{share:.3%}"
@@ -270,9 +270,9 @@ def overhead_table(bench: dict[str, Any]) -> str:
     rows = {row["name"]: row for row in bench["rows"]}
     low, high = rows["polled"]["spread"]
     words = [
-        f"Whole steps, {rows['bare']['median_seconds']:.3f} s: with signals asked for {rows['polled']['ratio']:.3f} × as long",
-        f"({low:.3f} – {high:.3f}, the machine's noise included). run_status.json is written at the start of each part of a",
-        f"run, {1e3 * bench['status_seconds']:.2g} ms. {bench['scheme']}, {bench['tokens']} tokens a step,",
+        f"Whole steps, {rows['bare']['median_seconds']:.3f} s: with signals asked for {rows['polled']['ratio']:.3f} × as",
+        f"long ({low:.3f} – {high:.3f}, the machine's noise included). run_status.json is written at the start of each part",
+        f"of a run, {1e3 * bench['status_seconds']:.2g} ms. {bench['scheme']}, {bench['tokens']} tokens a step,",
         f"{bench['threads']} threads; {bench['machine']['cpu']}, torch {bench['machine']['torch']}.",
     ]
     note = " ".join(words) + ("" if bench["quiet"] else " **Others used the machine during this run.**")

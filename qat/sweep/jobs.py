@@ -1,8 +1,8 @@
 """How one trial is started, watched and stopped: always as processes of its own, never in the driver's.
 
 A launcher (`launchers.py`) makes a Job of a trial's configuration file. Here are the jobs of this machine: `qat train
---config-file`, by torchrun when the run wants several processes. Each leads a process group, so that stopping it reaches
-all of it.
+--config-file`, by torchrun when the run wants several processes. Each leads a process group, so that stopping it
+reaches all of it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TrialJob:
 class Job(Protocol):
     """A started trial.
 
-    `patience_seconds`: how long it may take to save when it is stopped. `waits`: it stands in a queue and has not begun.
+    `patience_seconds`: how long it may take to save when it is stopped. `waits`: it is queued and has not begun.
     """
 
     patience_seconds: float

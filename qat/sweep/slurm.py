@@ -1,7 +1,7 @@
 """A trial as a SLURM job: submitted, watched and stopped by way of `qat.cluster`.
 
-The job queues itself again after a preemption (cluster.requeue) and goes on from its last checkpoint; the driver sees it
-wait. Asked to stop, it saves and leaves the queue for good.
+The job queues itself again after a preemption (cluster.requeue) and goes on from its last checkpoint; the driver sees
+it wait. Asked to stop, it saves and leaves the queue for good.
 """
 
 from __future__ import annotations

@@ -270,9 +270,9 @@ def overhead_table(bench: dict[str, Any]) -> str:
     rows = {row["name"]: row for row in bench["rows"]}
     low, high = rows["polled"]["spread"]
     words = [
-        f"Whole steps, {rows['bare']['median_seconds']:.3f} s: with signals asked for {rows['polled']['ratio']:.3f} × as",
-        f"long ({low:.3f} – {high:.3f}, the machine's noise included). run_status.json is written at the start of each part",
-        f"of a run, {1e3 * bench['status_seconds']:.2g} ms. {bench['scheme']}, {bench['tokens']} tokens a step,",
+        f"Whole steps, {rows['bare']['median_seconds']:.3f} s: with signals asked for {rows['polled']['ratio']:.3f} ×",
+        f"as long ({low:.3f} – {high:.3f}, the machine's noise included). run_status.json is written",
+        f"at the start of each part of a run, {1e3 * bench['status_seconds']:.2g} ms. {bench['scheme']}, {bench['tokens']} tokens a step,",
         f"{bench['threads']} threads; {bench['machine']['cpu']}, torch {bench['machine']['torch']}.",
     ]
     note = " ".join(words) + ("" if bench["quiet"] else " **Others used the machine during this run.**")

@@ -135,7 +135,8 @@ def test_blocks_wait_in_main_memory_of_a_gpu(shape):
     assert blocks.memory.always["streams"] == streams
     assert blocks.memory.moments["a block"]["gradients"] == 4 * shape.block_weights
     gpu = stage_needs(shape, compose_run([*WORDS, *words, "trainer=gpu"]))[0].memory
-    assert (gpu.moment, gpu.parts["float32 weights"]) == ("making the streams", 8 * shape.weights)
+    assert gpu.moments["making the streams"] == {"float32 weights": 8 * shape.weights}
+    assert gpu.moments["a block"]["blocks"] == 8 * shape.block_weights
     assert gpu.host > 8 * shape.weights + streams
 
 

@@ -272,7 +272,8 @@ def overhead_table(bench: dict[str, Any]) -> str:
     words = [
         f"Whole steps, {rows['bare']['median_seconds']:.3f} s: with signals asked for {rows['polled']['ratio']:.3f} ×",
         f"as long ({low:.3f} – {high:.3f}, the machine's noise included). run_status.json is written",
-        f"at the start of each part of a run, {1e3 * bench['status_seconds']:.2g} ms. {bench['scheme']}, {bench['tokens']} tokens a step,",
+        f"at the start of each part of a run, {1e3 * bench['status_seconds']:.2g} ms.",
+        f"{bench['scheme']}, {bench['tokens']} tokens a step,",
         f"{bench['threads']} threads; {bench['machine']['cpu']}, torch {bench['machine']['torch']}.",
     ]
     note = " ".join(words) + ("" if bench["quiet"] else " **Others used the machine during this run.**")

@@ -25,7 +25,7 @@ from qat.paths import write_text_atomic
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING", "UNKNOWN")
 GOING = ("RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED", "RESIZING")
 # submitit asks SLURM about all jobs at once, by itself only every ten minutes
-ASK_SECONDS = 15.0
+ASK_SECONDS = 15
 
 
 @dataclass

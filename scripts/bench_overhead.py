@@ -66,7 +66,7 @@ def timed_callback(spent: list[float]) -> Iterator[None]:
         own(self, *given)
         spent.append(time.perf_counter() - started)
 
-    CheckpointCallback.on_train_batch_end = timed  # type: ignore[method-assign]
+    CheckpointCallback.on_train_batch_end = timed  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -91,6 +91,7 @@ AT_LEAST: dict[str, int] = {
     "cluster.memory_gib": 0,
     "cluster.port": 1024,
     "evaluate.batch_size": 1,
+    "evaluate.decode_tokens": 0,
     "export.max_new_tokens": 1,
 }
 ABOVE_ZERO = (

@@ -264,6 +264,8 @@ class EvaluateConfig:
     """Windows per forward pass."""
     precision: str = "bf16"
     """Arithmetic of every row of the table: bf16 or fp32."""
+    decode_tokens: int = 0
+    """Tokens decoded one by one from the export to measure tokens per second on this machine; 0 is off."""
 
 
 @dataclass

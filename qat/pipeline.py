@@ -85,6 +85,7 @@ def run(config: RunConfig, resolved: str, resume: Resume | None = None) -> Path:
         _enter(folder, "verifying", train.steps)
         parity = _fresh_process("verify", str(folder.path))
         answers = _answers(config, export)
+        results["decode"] = _decode_speed(config, export)
         _finish(config, folder, results, json.loads(parity), answers)
         folder.status("finished", stage="finished", step=train.steps)
     return folder.path
@@ -163,7 +164,9 @@ def _calibrate(
     write_json_atomic(folder.path / "coverage.json", coverage.to_dict())
     calibration = windows.train[: config.fake_quant.calibration_batches * config.trainer.batch_size]
     calibrate(student, calibration, config.trainer.batch_size)
-    folder.record(ptq=build.apply_ptq(student, windows.train, config))
+    # what a training has saved holds what the method found
+    if config.ptq.method == "none" or not stages.begun(config, folder):
+        folder.record(ptq=build.apply_ptq(student, windows.train, config))
     steps = [length(stage, config.trainer.max_steps) for stage in config.stages.schedule if stage.kind != "blockwise"]
     has_teacher = config.distill.kl_weight > 0 and any(steps)
     teacher = as_teacher(floating, config.trainer.precision) if has_teacher else None
@@ -315,6 +318,12 @@ def _answers(config: RunConfig, export: Path) -> list[dict]:
         return []
     arguments = [str(export), "--json", f"--max-new-tokens={config.export.max_new_tokens}"]
     return json.loads(_fresh_process("generate", *arguments, *config.export.prompts))
+
+
+def _decode_speed(config: RunConfig, export: Path) -> dict[str, Any] | None:
+    """Tokens per second of the export, its threads and what ran it; None unless asked for."""
+    tokens = config.evaluate.decode_tokens
+    return json.loads(_fresh_process("generate", str(export), f"--measure={tokens}")) if tokens else None
 
 
 def _fresh_process(*arguments: str) -> str:

@@ -23,6 +23,7 @@ from math import prod
 from typing import Any
 
 from qat.config import RunConfig
+from qat.stage_config import BLOCK_WINDOWS, StageConfig, length
 
 STRATEGIES = ("single", "ddp", "fsdp2")
 FLOAT32 = 4
@@ -31,12 +32,17 @@ CONTEXT = 1.5 * 2**30  # a CUDA context with kernels and communication buffers; 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory and traffic depend on; counts of values, `scales` those of all grids, a tied table counted once."""
+    """What memory and traffic depend on; counts of values, `scales` those of all grids, a tied table counted once.
+
+    `linear`: weights of linear layers but a tied head; `linear_sides`: the sum of their rows and columns.
+    """
 
     weights: int
     blocks: int
     block_weights: int
     quantized_in_blocks: int
+    linear: int
+    linear_sides: int
     scales: int
     tied: bool
     vocabulary: int
@@ -66,7 +72,7 @@ class Job:
     """How it is trained. `block` tokens a window, `batch` windows a forward pass, `width` bytes of a matmul's values.
 
     `fused`: the CPU kernels, which keep a weight's values between forward passes; `integer`: int8 inputs.
-    `moments`: values that the optimizer keeps of every weight.
+    `moments`: values that the optimizer keeps of every weight. `trains`: all, scales, or low_rank products of `rank`.
     """
 
     strategy: str
@@ -85,6 +91,8 @@ class Job:
     fused: bool
     integer: bool
     moments: int
+    trains: str
+    rank: int
 
     @property
     def tokens(self) -> int:
@@ -137,11 +145,14 @@ def shape_of(text_config: Any, coverage: Any) -> ModelShape:
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     grids = [(layer, coverage.schemes[layer.name]) for layer in layers if layer.scheme and not layer.tied_to]
     shapes = [scheme.weight.scale_shape(layer.shape) for layer, scheme in grids]
+    linear = [layer for layer in layers if layer.kind in ("linear", "conv1d") and not layer.tied_to]
     return ModelShape(
         weights=coverage.weights,
         blocks=count,
         block_weights=sum(layer.weights for layer in inside) // count,
         quantized_in_blocks=sum(layer.weights for layer in inside if layer.scheme),
+        linear=sum(layer.weights for layer in linear),
+        linear_sides=sum(sum(layer.shape) for layer in linear),
         scales=sum(prod(shape) for shape in shapes),
         tied=any(layer.tied_to for layer in layers),
         vocabulary=text_config.vocab_size,
@@ -152,14 +163,15 @@ def shape_of(text_config: Any, coverage: Any) -> ModelShape:
     )
 
 
-def job_of(config: RunConfig) -> Job:
-    """The part of a run that this file looks at."""
+def job_of(config: RunConfig, stage: StageConfig | None = None) -> Job:
+    """The part of a run that this file looks at, in a stage of whole models; without one, end to end."""
+    stage = stage or StageConfig()
     trainer, on_gpu = config.trainer, config.trainer.accelerator == "gpu"
     return Job(
         strategy=trainer.strategy,
         ranks=trainer.devices * trainer.nodes,
         on_gpu=on_gpu,
-        steps=trainer.max_steps,
+        steps=length(stage, trainer.max_steps),
         block=config.data.block_size,
         batch=trainer.batch_size,
         accumulate=trainer.accumulate,
@@ -167,12 +179,19 @@ def job_of(config: RunConfig) -> Job:
         width=2 if trainer.precision == "bf16" else FLOAT32,
         teacher=config.distill.kl_weight > 0,
         chunk=config.distill.chunk_tokens,
-        learned=config.fake_quant.weight_scale == "learned",
+        learned=config.fake_quant.weight_scale == "learned" or stage.kind == "scales",
         whole_table=config.fake_quant.weight_scale != "dynamic",
         fused=not on_gpu and trainer.precision == "bf16",
         integer=config.scheme.input is not None,
         moments=2 if config.optim.kind == "adamw" else 0,
+        trains="scales" if stage.kind == "scales" else "all" if stage.rank is None else "low_rank",
+        rank=stage.rank or 0,
     )
+
+
+def trained(shape: ModelShape, job: Job) -> int:
+    """Values with a gradient and moments, vectors not counted; those of scales stand with the scales."""
+    return {"all": shape.weights, "scales": 0, "low_rank": job.rank * shape.linear_sides}[job.trains]
 
 
 def side_by_side(job: Job) -> list[Job]:
@@ -184,7 +203,10 @@ def memory(shape: ModelShape, job: Job) -> Memory:
     """Bytes of one rank while training."""
     weights, head = shape.weights, shape.table
     copy, whole_teacher = FLOAT32 * weights, teacher(shape, job)
-    gradients = copy / job.shards
+    moved = FLOAT32 * trained(shape, job)
+    gradients = moved / job.shards
+    # with low-rank products: W + B A in float32, from forward to backward
+    sums = FLOAT32 * shape.linear / (shape.blocks if job.checkpointing else 1) if job.trains == "low_rank" else 0.0
     sharded = job.strategy == "fsdp2"
     rest, table, block = (FLOAT32 * unit for unit in (shape.rest, shape.own_table, shape.block_weights))
     scales = (8 + (16 / job.shards if job.learned else 0)) * shape.scales
@@ -192,8 +214,9 @@ def memory(shape: ModelShape, job: Job) -> Memory:
     host = 2 * copy + whole_teacher
     always = {
         "float32 weights": copy / job.shards,
-        "Adam moments": job.moments * copy / job.shards,
-        "DDP buckets": copy if job.strategy == "ddp" else 0.0,
+        "low-rank products": moved if job.trains == "low_rank" else 0.0,
+        "Adam moments": job.moments * moved / job.shards,
+        "DDP buckets": moved if job.strategy == "ddp" else 0.0,
         "teacher": whole_teacher / job.shards,
         "teacher's head": head_of_teacher(shape, job) if sharded else 0.0,
         "scales, zero points": scales,
@@ -209,6 +232,7 @@ def memory(shape: ModelShape, job: Job) -> Memory:
         # Lightning frees the gradients of a step after the forward pass of the next
         "gradients": gradients,
         "activations": activations,
+        "sums with products": sums,
         "fake-quantized weights": kept + job.width * head + (FLOAT32 * head if job.whole_table else 0),
         "head gradient, logits": FLOAT32 * head + 24.0 * job.chunk * shape.vocabulary + hidden,
         "gathered weights": (rest + 3 * block) if sharded else 0.0,
@@ -267,14 +291,15 @@ def activations_of(shape: ModelShape, job: Job) -> tuple[float, float]:
 def traffic(shape: ModelShape, job: Job) -> dict[str, float]:
     """Payload bytes of the collectives of one optimizer step, as one rank sees them; a ring moves (n - 1) / n of it."""
     copy, rest = FLOAT32 * shape.weights, FLOAT32 * shape.rest
+    gradients = float(FLOAT32 * (shape.scales if job.trains == "scales" else trained(shape, job)))
     if job.ranks == 1:
         return {}
     if job.strategy == "ddp":
-        return {"all-reduce": copy}
+        return {"all-reduce": gradients}
     # units are gathered for forward and again for backward, the last one once, the teacher for its forward pass
     gathered = 2 * (copy - rest) + rest + teacher(shape, job)
     # gradients leave after every backward pass, also in the middle of a step
-    return {"all-gather": job.accumulate * gathered, "reduce-scatter": float(job.accumulate * copy)}
+    return {"all-gather": job.accumulate * gathered, "reduce-scatter": job.accumulate * gradients}
 
 
 def sent(traffic_bytes: dict[str, float], ranks: int) -> float:
@@ -288,3 +313,65 @@ def checkpoint_bytes(shape: ModelShape, job: Job) -> dict[str, float]:
     grids = (8 + (4 if job.learned else 0)) * shape.scales
     model = FLOAT32 * shape.weights + grids
     return {"model": model, "training state": model + job.moments * FLOAT32 * shape.weights}
+
+
+@dataclass(frozen=True)
+class StageNeed:
+    """What a stage of a run takes: `steps` optimizer steps, `tokens` as results.json counts them, and memory.
+
+    `job`: how it trains; a blockwise stage trains as none.
+    """
+
+    kind: str
+    steps: int
+    tokens: int
+    memory: Memory
+    job: Job | None = None
+
+
+def stage_needs(shape: ModelShape, config: RunConfig) -> list[StageNeed]:
+    """Every stage of a run, in order."""
+    needs = []
+    for stage in config.stages.schedule:
+        job = job_of(config, stage)
+        if stage.kind == "blockwise":
+            # a window that goes through all blocks counts once; blocks do not accumulate
+            tokens = job.steps * job.ranks * job.tokens
+            needs.append(StageNeed(stage.kind, shape.blocks * job.steps, tokens, block_memory(shape, job, stage)))
+        else:
+            kind = f"{stage.kind}, rank {stage.rank}" if stage.rank else stage.kind
+            needs.append(StageNeed(kind, job.steps, job.steps * job.tokens_per_step, memory(shape, job), job))
+    return needs
+
+
+def block_memory(shape: ModelShape, job: Job, stage: StageConfig) -> Memory:
+    """Bytes of one rank in a blockwise stage (train/blockwise.py), by the structure of its code; not measured.
+
+    Models and the two streams of hidden states wait in main memory; on a GPU stand one block and its float
+    counterpart, and, while the streams are made, both whole models.
+    """
+    copy, block = float(FLOAT32 * shape.weights), float(FLOAT32 * shape.block_weights)
+    scales = 8.0 * shape.scales
+    windows = (BLOCK_WINDOWS if stage.windows is None else stage.windows) // job.ranks
+    streams = 2.0 * FLOAT32 * windows * job.block * shape.hidden
+    waiting = 2 * copy + scales + teacher(shape, job) + streams
+    activations, kept = activations_of(replace(shape, blocks=1), replace(job, checkpointing=False))
+    training = {
+        "gradients": block,
+        "Adam moments": job.moments * block,
+        "values kept": 2 * block,
+        "activations": activations,
+        "fake-quantized weights": kept / shape.blocks,
+    }
+    always = {"CUDA context": CONTEXT, "scales, zero points": scales} if job.on_gpu else {}
+    if not job.on_gpu:
+        always = {
+            "float32 weights": copy,
+            "float model, whole copies": copy,
+            "teacher": teacher(shape, job),
+            "streams": streams,
+            "scales, zero points": scales,
+        }
+        return Memory(always, {"a block": training}, 0.0)
+    whole = {"float32 weights": 2 * copy}
+    return Memory(always, {"a block": {"blocks": 2 * block, **training}, "making the streams": whole}, waiting)

@@ -81,6 +81,15 @@ def train(
     return trained
 
 
+def begun(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether a state stands in the run folder that `train` will take or go on from; all processes call."""
+    where, places = folder.path / "checkpoints", list(range(len(config.stages.schedule)))
+    finals = [_stage_folder(config, where, places, place) / "final" for place in places]
+    is_published = any(checkpoint.read_final(final) is not None for final in finals) if is_main() else None
+    first = Checkpoints(_stage_folder(config, where, places, 0), config.trainer.checkpoint_keep)
+    return ranks.from_main(is_published) or first.newest()[0] is not None
+
+
 def train_control(
     config: RunConfig, folder: RunFolder, floating: nn.Module, teacher: nn.Module | None, windows: TextWindows
 ) -> nn.Module:
@@ -109,12 +118,16 @@ class _Work:
 
     def folder(self, place: int) -> Path:
         """Where a stage saves and publishes."""
-        kind = self.config.stages.schedule[place].kind
-        return self.checkpoints if place == self.places[-1] else self.checkpoints / f"stage-{place}-{kind}"
+        return _stage_folder(self.config, self.checkpoints, self.places, place)
 
     def name(self, place: int) -> str:
         """For people: the title, with the kind where there are several stages."""
         return f"{self.title} {self.config.stages.schedule[place].kind}" if len(self.places) > 1 else self.title
+
+
+def _stage_folder(config: RunConfig, checkpoints: Path, places: list[int], place: int) -> Path:
+    kind = config.stages.schedule[place].kind
+    return checkpoints if place == places[-1] else checkpoints / f"stage-{place}-{kind}"
 
 
 def _through(work: _Work, model: nn.Module) -> Trained:

@@ -11,7 +11,15 @@ import json
 import sys
 from pathlib import Path
 
-from qat.report.table import bench_table, decode_table, kv_table, markdown_table, ops_table, summary_table
+from qat.report.table import (
+    bench_table,
+    decode_table,
+    kv_table,
+    markdown_table,
+    ops_table,
+    overhead_table,
+    summary_table,
+)
 
 
 def make_blocks(folder: Path) -> dict[str, dict[str, str]]:
@@ -24,6 +32,7 @@ def make_blocks(folder: Path) -> dict[str, dict[str, str]]:
         "bench_decode_llama-3.2-1b": decode_table,
         "bench_kv": kv_table,
         "bench_ops": ops_table,
+        "bench_overhead": overhead_table,
     }
     bench = {
         name: make(found[f"{name}.json"]) if f"{name}.json" in found else "Not measured yet.\n"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
-from qat.config import RunConfig
+from qat.config import ClusterConfig, RunConfig
 from qat.sweep import driver
 from qat.sweep.config import ParameterConfig, PruningConfig, SweepConfig
 from qat.sweep.folder import claimed, trial_name
-from qat.sweep.jobs import LocalJob
+from qat.sweep.jobs import Job, LocalJob, TrialJob
 from qat.sweep.study import Study
 
 # A trial: reads its file, claims its folder, does what `do` says, and leaves results as a run does.
@@ -79,23 +80,23 @@ def sweep_of(*values: float, do: list[str] | None = None, **settings) -> SweepCo
     return SweepConfig("s", space, pruning=pruning, **({"sampler": "grid"} | settings))
 
 
+def local(trial: TrialJob) -> Job:
+    """Starts `TRIAL` on this machine."""
+    return LocalJob(trial, [sys.executable, "-c", TRIAL, str(trial.config_file)])
+
+
 @contextmanager
-def opened(config: SweepConfig, path: Path, **fixed):
+def opened(config: SweepConfig, path: Path, launch: Callable[[TrialJob], Job] = local, **fixed):
     """A driver of `config` in `path`, to be run; its trials are `TRIAL` with `fixed` in their files."""
 
     def configure(number, params):
         values = {"name": trial_name(number), "runs_dir": str(path), **fixed, **params}
-        return RunConfig(), yaml.safe_dump(values)
+        run = RunConfig(trial_name(number), str(path), cluster=ClusterConfig("slurm"))
+        return run, yaml.safe_dump(values)
 
     with claimed(path, "space: 1\n") as folder:
         study = Study(config, 10, path)
-        yield driver.Driver(
-            config,
-            folder,
-            study,
-            configure,
-            lambda trial: LocalJob(trial, [sys.executable, "-c", TRIAL, str(trial.config_file)]),
-        )
+        yield driver.Driver(config, folder, study, configure, launch)
 
 
 def run(config: SweepConfig, path: Path, **fixed) -> int | None:

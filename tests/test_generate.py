@@ -132,3 +132,19 @@ def test_repetition_penalty_changes_the_answer(qat, export):
         for value in (1, 5)
     )
     assert plain != punished
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_speed_is_that_of_the_asked_number_of_steps(export, capsys, backend):
+    assert main(["generate", str(export), "--measure", "12", f"--backend={backend}"]) == 0
+    speed = json.loads(capsys.readouterr().out)
+    assert (speed["tokens"], speed["ran_by"]) == (12, "engine" if backend == "auto" else "transformers")
+    assert speed["tokens_per_second"] > 1 and speed["threads"] >= 1
+
+
+def test_measuring_refuses_what_does_not_fit_and_prompts_beside_it(export, capsys):
+    assert main(["generate", str(export), "--measure", "9999"]) == 2
+    assert re.search(r"must fit into \d+ positions, got 10023\. Use at most \d+ tokens", capsys.readouterr().err)
+    for words in (["--measure", "4", "Once"], ["--measure", "0"], []):
+        assert main(["generate", str(export), *words]) == 2
+        assert "needs prompts, or --measure with a number above 0" in capsys.readouterr().err

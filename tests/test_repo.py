@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stage_config": set(),
     "config": {"errors", "scheme", "stage_config"},
     "checks": {"errors", "config", "stage_config"},
-    "scaling": {"config"},
+    "scaling": {"config", "stage_config"},
     "metrics": {"errors", "progress", "paths"},
     "report": {"errors"},
     "grid": {"scheme"},
@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_folder": {"errors", "progress", "paths", "config"},
     "cluster": {"errors", "paths", "config"},
     "export": {"paths", "config", "report", "formats"},
-    "sweep": {"errors", "progress", "paths", "config", "report"},
+    "sweep": {"errors", "progress", "paths", "config", "report", "cluster"},
     "build": named("ranks memory config checks metrics nn insert ptq models train stage_config"),
     "stages": named("ranks progress config metrics data evaluate checkpoints train checkpoint run_folder build"),
     "pipeline": named(

@@ -14,7 +14,7 @@ from rich.console import Console
 from qat.report.figures import FIGURES, write_figures
 from qat.report.page import write_report
 from qat.report.record import block_and_kind, read_run
-from qat.report.table import markdown_table, render_table, result_rows, summary_table, warnings
+from qat.report.table import markdown_table, overhead_table, render_table, result_rows, summary_table, warnings
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = (
@@ -314,3 +314,14 @@ def test_make_tables_refuses_when_a_table_has_no_place(tmp_path):
 def test_summary_says_when_the_control_is_the_float_model():
     line = summary_table([results(recipe="a|b", control_is_float=True)]).splitlines()[2]
     assert line == "| `a\\|b` | 0 | 4.87 | 25.92 | = float | 53.24 | 27.92 | 70 % | 269.0 → 81.9 |"
+
+
+def test_overhead_is_shown_as_a_share_of_the_step():
+    rows = [{"name": way, "median_seconds": 2.0, "ratio": 1.001, "spread": [0.99, 1.01]} for way in ("bare", "polled")]
+    bench = {"rows": rows, "poll_seconds": 2e-5, "poll_share": 1e-5, "save_seconds": 1.5, "save_share": 0.0075}
+    bench |= {"save_bytes": 1_620_000_000, "every": 100, "share": 0.00751, "status_seconds": 0.002, "quiet": False}
+    bench |= {"scheme": "w4a16_g32", "tokens": 1024, "threads": 2, "machine": {"cpu": "c", "torch": "t"}}
+    text = overhead_table(bench)
+    assert "| a checkpoint of 1,620.0 MB, every 100 steps | 1.5e+03 | 0.750% |" in text
+    assert "| together | – | 0.751% |" in text
+    assert "1.001 × as long (0.990 – 1.010" in text and "Others used the machine" in text

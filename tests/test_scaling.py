@@ -15,7 +15,8 @@ from qat import build
 from qat.cli.compose import compose_run
 from qat.config import ModelConfig, recipes_dir
 from qat.models import meta_model
-from qat.scaling import Job, checkpoint_bytes, job_of, memory, sent, shape_of, side_by_side, traffic
+from qat.scaling import Job, checkpoint_bytes, job_of, memory, sent, shape_of, side_by_side, stage_needs, traffic
+from qat.stage_config import StageConfig
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["model.path=m", "data.path=d", "scheme=w4a16_g32", "data.block_size=64", "trainer.batch_size=2"]
@@ -106,6 +107,50 @@ def test_plan_shows_every_strategy_and_the_tokens(qat, tiny_model_dir):
     assert plan["tokens"] == plan["steps"] * plan["tokens_per_step"] == 100 * 4 * 8 * 512
     code, out, _ = qat("plan", *words)
     assert re.search(r"> fsdp2 +│ 4 ", out) and "16,384 tokens per step, 100 steps, 1,638,400 tokens" in out
+
+
+def test_stages_train_fewer_values(shape, tiny_model_dir):
+    wide = compose_run([*WORDS, "stages=low_rank", "stages.schedule.0.rank=4"])
+    need = stage_needs(shape, wide)[0]
+    products = 4 * 4 * shape.linear_sides
+    # q, k, v, o, gate, up, down of two blocks; the head is tied
+    layers = meta_model(ModelConfig(path=str(tiny_model_dir))).model.layers
+    assert shape.linear_sides == sum(sum(p.shape) for p in layers.parameters() if p.dim() == 2)
+    assert need.memory.always["low-rank products"] == products
+    assert need.memory.always["Adam moments"] == 2 * products
+    assert need.memory.moments["end of backward"]["gradients"] == products
+    assert need.memory.moments["loss"]["sums with products"] == 4 * shape.linear
+    held = memory(shape, job_of(wide, StageConfig("scales", steps=3)))
+    assert held.always["Adam moments"] == held.moments["loss"]["gradients"] == 0
+    assert held.always["scales, zero points"] == 24 * shape.scales
+    assert traffic(shape, replace(need.job, ranks=2, strategy="ddp")) == {"all-reduce": products}
+
+
+def test_blocks_wait_in_main_memory_of_a_gpu(shape):
+    words = ["stages=blockwise_then_kl", "stages.schedule.0.windows=32", "trainer.accumulate=3"]
+    blocks, whole = stage_needs(shape, compose_run([*WORDS, *words]))
+    assert (blocks.kind, blocks.steps, blocks.tokens) == ("blockwise", 2 * 64, 64 * 2 * 64)
+    assert (whole.kind, whole.tokens) == ("end_to_end", whole.steps * 3 * 2 * 64)
+    streams = 2 * 4 * 32 * 64 * shape.hidden
+    assert blocks.memory.always["streams"] == streams
+    assert blocks.memory.moments["a block"]["gradients"] == 4 * shape.block_weights
+    gpu = stage_needs(shape, compose_run([*WORDS, *words, "trainer=gpu"]))[0].memory
+    assert gpu.moments["making the streams"] == {"float32 weights": 8 * shape.weights}
+    assert gpu.moments["a block"]["blocks"] == 8 * shape.block_weights
+    assert gpu.host > 8 * shape.weights + streams
+
+
+def test_plan_shows_every_stage_and_the_sum(qat, tiny_model_dir):
+    words = [f"model.path={tiny_model_dir}", "scheme=w4a16_g32", "stages=blockwise_kl_scales"]
+    code, out, _ = qat("plan", *words)
+    assert code == 0
+    assert re.search(r"stage 0: blockwise: 128 steps, [\d,]+ tokens, 0\.\d\d GiB at a block\n", out)
+    assert re.search(r"stage 1: end_to_end: 100 steps.*\nstage 2: scales: 50 steps", out)
+    plan = json.loads(qat("plan", *words, "--json")[1])
+    assert plan["steps"] == sum(stage["steps"] for stage in plan["stages"]) == 128 + 100 + 50
+    assert plan["tokens"] == sum(stage["tokens"] for stage in plan["stages"])
+    assert plan["memory_gib"]["total"] == max(stage["memory_gib"] for stage in plan["stages"])
+    assert "stage 0" not in qat("plan", *words[:2])[1]
 
 
 def test_plan_refuses_what_does_not_fit_and_says_what_would(qat):

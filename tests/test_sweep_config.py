@@ -15,6 +15,7 @@ from qat.cli.groups import list_group
 from qat.config import conf_dir
 from qat.errors import UserError
 from qat.sweep.config import ParameterConfig, SweepConfig, corners, grid
+from qat.sweep.slurm import PROGRAMS
 from qat.sweep.study import planned
 
 PATHS = ["model.path=m", "data.path=d"]
@@ -49,6 +50,29 @@ def test_shipped_sweep_composes_and_is_listed(name):
     assert plan.config.name == name
     assert plan.folder.as_posix() == f"runs/{name}"
     assert len(dict(list_group("sweeps"))[name]) > 10
+
+
+def test_speed_of_decoding_is_a_metric_of_runs_that_measure_it(sweep):
+    word = sweep(("sampler: random", "sampler: random\nrecord: [bits_per_weight, decode.tokens_per_second]"))
+    with pytest.raises(UserError, match=r"needs evaluate\.decode_tokens above 0, got 0\. Add evaluate\.decode_tokens="):
+        compose_sweep([word, "recipe=tiny", *PATHS])
+    plan = compose_sweep([word, "recipe=tiny", "evaluate.decode_tokens=8", *PATHS])
+    assert plan.base.evaluate.decode_tokens == 8
+
+
+def test_trials_of_slurm_have_machines_of_their_own(sweep, tmp_path, monkeypatch):
+    for name in PROGRAMS:
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = [sweep(), "recipe=tiny", "sweep.parallel=2", *PATHS]
+    assert compose_sweep(words).trial(0, {"scheme": "w8a16"})[0].trainer.threads is not None
+    plan = compose_sweep([*words, "sweep.launcher=slurm", "cluster=slurm", "trainer=ddp", "trainer.nodes=2"])
+    assert plan.trial(0, {"scheme": "w8a16"})[0].trainer.threads is None
+    # the partition decides no number
+    other = compose_sweep([*words, "sweep.launcher=slurm", "cluster=slurm", "cluster.partition=other"])
+    assert "partition" not in other.identity()
+    with pytest.raises(UserError, match=r"sweep\.launcher=slurm: needs cluster\.kind=slurm, got local"):
+        compose_sweep([*words, "sweep.launcher=slurm"])
 
 
 def test_sweeps_are_listed_by_the_command(qat):

@@ -19,7 +19,7 @@ from qat.report.sweep_record import read_sweep
 from qat.sweep import driver
 from qat.sweep.config import ObjectiveConfig
 from qat.sweep.folder import claimed
-from qat.sweep.jobs import TrialJob, check_local, end_left_over, environment, train_command
+from qat.sweep.jobs import PATIENCE_SECONDS, TrialJob, check_local, end_left_over, environment, train_command
 from qat.sweep.study import JOURNAL, Study
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +174,7 @@ def test_driver_that_breaks_stops_its_trials_and_says_interrupted(folder, monkey
 def test_second_interrupt_kills_a_trial_that_does_not_end(folder):
     began = time.monotonic()
     assert run(sweep_of(1.0), folder, do="stubborn") == signal.SIGINT
-    assert time.monotonic() - began < driver.PATIENCE_SECONDS / 2
+    assert time.monotonic() - began < PATIENCE_SECONDS / 2
     assert not is_alive(pids(folder)[0])
 
 

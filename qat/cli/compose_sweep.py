@@ -27,7 +27,7 @@ from qat.config import RunConfig, conf_dir
 from qat.errors import UserError, problem
 from qat.sweep.config import SweepConfig, check_sweep, corners
 from qat.sweep.folder import trial_name
-from qat.sweep.jobs import check_local
+from qat.sweep.launchers import LAUNCHERS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -59,7 +59,7 @@ class SweepPlan:
         import yaml
 
         run = asdict(self.base)
-        for key in ("name", "runs_dir", "overwrite", "logger"):
+        for key in ("name", "runs_dir", "overwrite", "logger", "cluster"):
             del run[key]
         del run["trainer"]["threads"]
         config = asdict(self.config)
@@ -70,8 +70,9 @@ class SweepPlan:
     def trial(self, number: int, params: dict[str, Any]) -> tuple[RunConfig, str]:
         """The run of one trial and its YAML; UserError when these values make none."""
         fixed: dict[str, Any] = {"name": trial_name(number), "runs_dir": str(self.folder), "overwrite": True}
-        if self.base.trainer.threads is None and self.config.parallel > 1:
-            fixed["trainer.threads"] = max(1, (os.cpu_count() or 1) // self.config.parallel)
+        share = self.config.parallel if self.config.launcher == "local" else 1
+        if self.base.trainer.threads is None and share > 1:
+            fixed["trainer.threads"] = max(1, (os.cpu_count() or 1) // share)
         if self.base.logger.wandb != "off":
             fixed["logger.group"] = self.config.name
         run = compose_run(self.overrides, values_for_run(params) | fixed)
@@ -92,10 +93,14 @@ def compose_sweep(words: Sequence[str]) -> SweepPlan:
     if problems:
         raise UserError(*problems)
     base = rehearse(config, overrides)
-    problems = check_local(base, config.parallel) if config.launcher == "local" else []
+    problems = LAUNCHERS[config.launcher].check(base, config.parallel)
     if config.pruning.kind != "off" and config.pruning.watch.startswith("validation") and not base.trainer.eval_every:
         fix = "Set trainer.eval_every, or watch train.loss."
         problems.append(problem("sweep.pruning.watch", "needs validation lines: trainer.eval_every above 0", 0, fix))
+    measured = [*(objective.metric for objective in config.objectives), *config.record]
+    if "decode.tokens_per_second" in measured and not base.evaluate.decode_tokens:
+        fix = "Add evaluate.decode_tokens=64."
+        problems.append(problem("decode.tokens_per_second", "needs evaluate.decode_tokens above 0", 0, fix))
     if problems:
         raise UserError(*problems)
     return SweepPlan(config, overrides, base)

@@ -36,12 +36,12 @@ def run(args: argparse.Namespace) -> int:
 
     from qat import build
     from qat.models import meta_model
-    from qat.scaling import job_of, shape_of
+    from qat.scaling import shape_of
 
     model = meta_model(known_architecture(config.model))
     coverage = build.quantize_layers(model, config)
-    shape, job = shape_of(model.config.get_text_config(), coverage), job_of(config)
-    numbers = figures(shape, job, config)
+    shape = shape_of(model.config.get_text_config(), coverage)
+    numbers = figures(shape, config)
     if args.json:
         import json
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show_layers(coverage, config)
         _show_figures(numbers, config)
-    refuse_too_large(shape, job, config)
+    refuse_too_large(shape, config)
     return 0
 
 
@@ -69,13 +69,20 @@ def known_architecture(model: ModelConfig) -> ModelConfig:
     return replace(model, path=str(folder / model.architecture), revision=None)
 
 
-def figures(shape: Any, job: Any, config: Any) -> dict[str, Any]:
-    """Memory, traffic, tokens and files of the run, and memory and traffic under every strategy (scaling.py)."""
-    from qat.scaling import checkpoint_bytes, memory, sent, side_by_side, traffic
+def figures(shape: Any, config: Any) -> dict[str, Any]:
+    """Memory, traffic, tokens and files of the run and of its stages, memory and traffic under every strategy.
+
+    The strategies are compared in the stage, blockwise ones apart, that needs most memory.
+    """
+    from qat.scaling import checkpoint_bytes, job_of, memory, sent, side_by_side, stage_needs, traffic
 
     def gib(parts: dict[str, float]) -> dict[str, float]:
         return {name: size / GIB for name, size in parts.items()}
 
+    stages = stage_needs(shape, config)
+    largest, host = max(stages, key=lambda stage: stage.memory.peak), max(stage.memory.host for stage in stages)
+    jobs = [(stage.memory.peak, place, stage.job) for place, stage in enumerate(stages) if stage.job is not None]
+    job = max(jobs)[2] if jobs else job_of(config)
     strategies = {}
     for one in side_by_side(job):
         need, moved = memory(shape, one), traffic(shape, one)
@@ -86,26 +93,41 @@ def figures(shape: Any, job: Any, config: Any) -> dict[str, Any]:
             "traffic_gib": gib(moved),
             "sent_gib": sent(moved, one.ranks) / GIB,
         }
-    chosen = memory(shape, job)
     return {
-        "memory_gib": {**gib(chosen.parts), "total": chosen.peak / GIB},
+        "memory_gib": {**gib(largest.memory.parts), "total": largest.memory.peak / GIB},
         # under fsdp2 one rank loads the models and deals them out
-        "host_gib": (1 if job.strategy == "fsdp2" else config.trainer.devices) * chosen.host / GIB,
+        "host_gib": (1 if job.strategy == "fsdp2" else config.trainer.devices) * host / GIB,
         "strategies": strategies,
         "tokens_per_step": job.tokens_per_step,
-        "steps": job.steps,
-        "tokens": job.steps * job.tokens_per_step,
+        "steps": sum(stage.steps for stage in stages),
+        "tokens": sum(stage.tokens for stage in stages),
+        "stages": [
+            {
+                "kind": stage.kind,
+                "steps": stage.steps,
+                "tokens": stage.tokens,
+                "memory_gib": stage.memory.peak / GIB,
+                "peak_at": stage.memory.moment,
+            }
+            for stage in stages
+        ],
         "files_gib": gib(checkpoint_bytes(shape, job)),
     }
 
 
-def refuse_too_large(shape: Any, job: Any, config: Any) -> None:
+def refuse_too_large(shape: Any, config: Any) -> None:
     """UserError, naming what would help and how much, when a rank needs more memory than its device has."""
-    from qat.scaling import memory
+    from qat.scaling import memory, stage_needs
 
-    limit, need = config.trainer.memory_gib or _gpu_gib(config), memory(shape, job).peak / GIB
+    largest = max(stage_needs(shape, config), key=lambda stage: stage.memory.peak)
+    limit, need = config.trainer.memory_gib or _gpu_gib(config), largest.memory.peak / GIB
     if limit is None or need <= limit:
         return
+    wanted = f"a rank must fit into the {limit:.1f} GiB of its device"
+    job = largest.job
+    if job is None:
+        fix = "Lower trainer.batch_size, or leave the blockwise stage out."
+        raise UserError(problem("trainer.memory_gib", wanted, f"{need:.1f} GiB in the blockwise stage", fix))
     changes = {
         "trainer.gradient_checkpointing=true": replace(job, checkpointing=True),
         "trainer.batch_size=1": replace(job, batch=1),
@@ -117,7 +139,6 @@ def refuse_too_large(shape: Any, job: Any, config: Any) -> None:
     after = {text: memory(shape, changed).peak / GIB for text, changed in changes.items()}
     helps = sorted((size, text) for text, size in after.items() if size < 0.99 * need)
     fix = "Cheapest ways to fit: " + "; ".join(f"{text} ({size:.1f} GiB)" for size, text in helps) + "."
-    wanted = f"a rank must fit into the {limit:.1f} GiB of its device"
     raise UserError(problem("trainer.memory_gib", wanted, f"{need:.1f} GiB", fix if helps else "Use a smaller model."))
 
 
@@ -159,6 +180,9 @@ def _show_figures(numbers: dict[str, Any], config: Any) -> None:
         print(f"main memory per machine while loading, estimated: {numbers['host_gib']:.1f} GiB")
     files = ", ".join(f"{name} {size:.2f} GiB" for name, size in numbers["files_gib"].items())
     print(f"{numbers['tokens_per_step']:,} tokens per step, {numbers['steps']:,} steps, {numbers['tokens']:,} tokens")
+    for place, stage in enumerate(numbers["stages"] if len(numbers["stages"]) > 1 else []):
+        size = f"{stage['memory_gib']:.2f} GiB at {stage['peak_at']}"
+        print(f"stage {place}: {stage['kind']}: {stage['steps']:,} steps, {stage['tokens']:,} tokens, {size}")
     print(f"checkpoints: {files}")
     available = available_gib()
     need = memory["total"] * config.trainer.devices

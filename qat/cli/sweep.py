@@ -45,12 +45,12 @@ def drive(plan: SweepPlan) -> int:
     from qat.report.sweep_record import read_sweep
     from qat.sweep.driver import Driver
     from qat.sweep.folder import claimed
-    from qat.sweep.jobs import LAUNCHERS
+    from qat.sweep.launchers import LAUNCHERS
     from qat.sweep.study import Study
 
     with claimed(plan.folder, plan.identity()) as folder:
         study = Study(plan.config, plan.base.trainer.max_steps, folder.path)
-        stopped = Driver(plan.config, folder, study, plan.trial, LAUNCHERS[plan.config.launcher]).run()
+        stopped = Driver(plan.config, folder, study, plan.trial, LAUNCHERS[plan.config.launcher].start).run()
         write_sweep_report(folder.path)
         record = read_sweep(folder.path)
     show(record)

@@ -26,6 +26,7 @@ from qat.cluster.meeting import arrive, missing, open_store
 from qat.errors import UserError, problem
 
 PREEMPTED = 75
+STOP = "stop"  # a file in the job folder: what is preempted is not to be queued again
 RESTART = 144  # tells submitit's local executor to start the job again
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -83,6 +84,11 @@ def here() -> Place:
     return Place(int(os.environ.get("SLURM_NODEID", "0")), tuple(done.stdout.split()))
 
 
+def job_folder(run: Path) -> Path:
+    """Where script, logs and configuration of a run's jobs stand: beside the run folder, which belongs to the run."""
+    return run.absolute().parent / ".jobs" / run.name
+
+
 def run_status(run: Path) -> str | None:
     """What run_status.json says; None when the folder holds no run."""
     try:
@@ -97,6 +103,9 @@ def run_node(job: NodeJob, place: Place) -> int:
     Raises:
         UserError: a machine did not come, or the port is taken.
     """
+    if (job_folder(job.run) / STOP).exists():
+        print(f"{job.run} is not to go on in this job", flush=True)
+        return PREEMPTED
     before = run_status(job.run)
     # a run that goes on may do so with another number of processes
     resumed = ("resume", str(job.run), f"trainer.devices={job.processes}", f"trainer.nodes={len(place.hosts)}")
@@ -170,9 +179,10 @@ def _wait(process: subprocess.Popen) -> int:
 def _requeue(job: NodeJob, place: Place) -> int:
     """Put a preempted job back into the queue, from the first machine; the exit code."""
     number = os.environ.get("SLURM_JOB_ID")
-    if job.requeue and os.environ.get("SUBMITIT_EXECUTOR") == "local":
+    requeue = job.requeue and not (job_folder(job.run) / STOP).exists()
+    if requeue and os.environ.get("SUBMITIT_EXECUTOR") == "local":
         return RESTART
-    if job.requeue and number and place.node == 0:
+    if requeue and number and place.node == 0:
         print(f"{job.run} was preempted: job {number} is queued again", flush=True)
         subprocess.run(["scontrol", "requeue", number], check=True)
     elif place.node == 0:

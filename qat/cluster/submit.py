@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qat.cluster.node import run_status
+from qat.cluster.node import STOP, job_folder, run_status
 from qat.config import RunConfig
 from qat.errors import UserError, problem
 from qat.paths import write_text_atomic
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING", "UNKNOWN")
 GOING = ("RUNNING", "COMPLETING", "SUSPENDED", "PREEMPTED", "RESIZING")
+# submitit asks SLURM about all jobs at once, by itself only every ten minutes
+ASK_SECONDS = 15
 
 
 @dataclass
@@ -37,6 +41,11 @@ class Job:
         return self.submitted.job_id
 
     @property
+    def scheduler_state(self) -> str:
+        """The scheduler's own word, such as OUT_OF_MEMORY."""
+        return self.submitted.state
+
+    @property
     def log(self) -> Path:
         """What the job prints."""
         return self.submitted.paths.stdout
@@ -46,7 +55,8 @@ class Job:
         scheduler = self.submitted.state.upper()
         if scheduler in WAITING:
             return "waiting"
-        if scheduler in GOING:
+        # what SLURM preempts it queues again, or, set to cancel, leaves in this state
+        if scheduler in GOING and (scheduler != "PREEMPTED" or _in_queue(self.number)):
             return "running"
         # only the run itself knows how it ended: torchrun turns every exit code but 0 into 1
         status = run_status(self.run)
@@ -61,22 +71,30 @@ def submit(config: RunConfig, resolved: str, run: Path, command: tuple[str, ...]
         run: its folder, on a file system that all machines see.
         command: the words after `qat` that start the run when the folder holds none yet.
     Raises:
-        UserError: the run is finished, submitit is not installed, or there is no SLURM here.
+        UserError: the run is finished, submitit is not installed, or SLURM is not here or refuses the job.
     """
     if run_status(run) == "finished":
         fix = "Give the run another name=..., or remove its folder."
         raise UserError(problem(str(run), "must not be finished", "a finished run", fix))
     folder = job_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP).unlink(missing_ok=True)
     write_text_atomic(folder / "config.yaml", resolved)
     executor = _executor(config, folder)
     executor.update_parameters(**parameters(config))
-    return Job(executor._submit_command(node_command(config, run, command)), run)
+    try:
+        submitted = executor._submit_command(node_command(config, run, command))
+    except RuntimeError as error:
+        fix = "Look at cluster.partition, cluster.account and the limits of the partition."
+        raise UserError(problem("sbatch", "must take the job", f"'{error}'", fix), before_work=False) from None
+    return _watched(submitted, run)
 
 
-def job_folder(run: Path) -> Path:
-    """Where script, logs and configuration of a run's jobs stand: beside the run folder, which belongs to the run."""
-    return run.absolute().parent / ".jobs" / run.name
+def known_job(number: str, run: Path) -> Job:
+    """A SLURM job that was submitted before, by another process."""
+    from submitit import SlurmJob
+
+    return _watched(SlurmJob(job_folder(run), number), run)
 
 
 def node_command(config: RunConfig, run: Path, command: tuple[str, ...] | None = None) -> str:
@@ -140,6 +158,32 @@ def _executor(config: RunConfig, folder: Path) -> Any:
     except RuntimeError:
         fix = "Submit on a login node of the cluster; `qat submit --dry-run` shows the script anywhere."
         raise UserError(problem("cluster=slurm", "needs SLURM's srun and sbatch", "neither", fix)) from None
+
+
+def _watched(submitted: Any, run: Path) -> Job:
+    from submitit import SlurmJob
+
+    if isinstance(submitted, SlurmJob):
+        submitted.watcher = _watcher()
+    return Job(submitted, run)
+
+
+@cache
+def _watcher() -> Any:
+    """Asks SLURM about the jobs of this process: each one until it has ended."""
+    from submitit.slurm.slurm import SlurmInfoWatcher
+
+    class Watcher(SlurmInfoWatcher):
+        def is_done(self, job_id: str, mode: str = "standard") -> bool:
+            # submitit's list lacks a few, such as SUSPENDED
+            return self.get_state(job_id, mode).upper() not in (*WAITING, *GOING)
+
+    return Watcher(delay_s=ASK_SECONDS)
+
+
+def _in_queue(number: str) -> bool:
+    done = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True, check=False)
+    return done.returncode == 0 and bool(done.stdout.strip())
 
 
 def _submitit() -> Any:

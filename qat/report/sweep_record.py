@@ -26,6 +26,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "seconds.step_median": ("Seconds per training step", "minimize"),
     "seconds.total": ("Seconds of the run", "minimize"),
     "tokens_per_second": ("Training tokens per second", "maximize"),
+    "decode.tokens_per_second": ("Decoded tokens per second", "maximize"),
 }
 
 

@@ -255,6 +255,31 @@ def kv_table(bench: dict[str, Any]) -> str:
     return f"{markdown(header, lines)}\n{where}\n"
 
 
+def overhead_table(bench: dict[str, Any]) -> str:
+    """What checkpoints and signals add to the training step in Markdown: each alone, and in whole steps."""
+
+    def line(what: str, seconds: float, share: float) -> tuple[str, ...]:
+        return what, f"{1e3 * seconds:.3g}", f"{share:.3%}"
+
+    size, every = megabytes(bench["save_bytes"]), bench["every"]
+    lines = [
+        line("asking for signals, every step", bench["poll_seconds"], bench["poll_share"]),
+        line(f"a checkpoint of {size} MB, every {every} steps", bench["save_seconds"], bench["save_share"]),
+        ("together", MISSING, f"{bench['share']:.3%}"),
+    ]
+    rows = {row["name"]: row for row in bench["rows"]}
+    low, high = rows["polled"]["spread"]
+    words = [
+        f"Whole steps, {rows['bare']['median_seconds']:.3f} s: with signals asked for {rows['polled']['ratio']:.3f} ×",
+        f"as long ({low:.3f} – {high:.3f}, the machine's noise included). run_status.json is written",
+        f"at the start of each part of a run, {1e3 * bench['status_seconds']:.2g} ms.",
+        f"{bench['scheme']}, {bench['tokens']} tokens a step,",
+        f"{bench['threads']} threads; {bench['machine']['cpu']}, torch {bench['machine']['torch']}.",
+    ]
+    note = " ".join(words) + ("" if bench["quiet"] else " **Others used the machine during this run.**")
+    return f"{markdown(('What', 'ms', 'of the step time'), lines)}\n{note}\n"
+
+
 def _bench_note(bench: dict[str, Any]) -> str:
     machine = bench["machine"]
     peaks = ", ".join(f"{max(found.values()):.1f} GB/s with {n}" for n, found in bench["bandwidth"].items())

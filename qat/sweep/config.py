@@ -14,7 +14,7 @@ from typing import Any
 
 from qat.errors import nearest, problem
 from qat.report.sweep_record import METRICS
-from qat.sweep.jobs import LAUNCHERS
+from qat.sweep.launchers import LAUNCHERS
 
 KINDS = ("choice", "int", "float")
 SAMPLERS = ("tpe", "random", "grid")
@@ -84,9 +84,9 @@ class SweepConfig:
     pruning: PruningConfig = field(default_factory=PruningConfig)
     """Which trials are stopped early."""
     launcher: str = "local"
-    """Where trials run: local."""
+    """Where trials run: local (processes of this machine) or slurm (each trial a job, with the settings of cluster)."""
     timeout_minutes: float | None = None
-    """A trial that runs longer is stopped and counts as failed."""
+    """A trial that runs longer is stopped and counts as failed; waiting in a queue is not counted."""
 
 
 def check_sweep(config: SweepConfig) -> list[str]:

@@ -23,12 +23,11 @@ from qat.report.record import read_run
 from qat.report.sweep_record import metric_value
 from qat.sweep.config import SweepConfig
 from qat.sweep.folder import SweepFolder, trial_name
-from qat.sweep.jobs import Job, TrialJob, end_left_over
+from qat.sweep.jobs import Job, TrialJob
+from qat.sweep.launchers import end_left_over
 from qat.sweep.study import Study
 
 POLL_SECONDS = 0.3
-# A stopped trial may still write what it has
-PATIENCE_SECONDS = 60.0
 # How run_status.json calls an attempt that can go on, and how often one trial may be stopped by others than the driver
 UNFINISHED = ("running", "preempted", "interrupted")
 MOST_STOPS = 5
@@ -78,7 +77,7 @@ class Driver:
 
     Args:
         configure: (number, params) -> the checked run of a trial and its YAML; UserError when it is none.
-        launch: starts a trial; an entry of LAUNCHERS.
+        launch: starts a trial; `start` of an entry of LAUNCHERS.
     """
 
     def __init__(
@@ -149,6 +148,8 @@ class Driver:
         """One look at a running trial."""
         code = active.job.poll()
         self._follow(active)
+        if active.job.waits:
+            active.started = time.monotonic()
         minutes = (time.monotonic() - active.started) / 60
         if code is not None:
             del self._active[active.number]
@@ -161,7 +162,7 @@ class Driver:
         limit = self.config.timeout_minutes
         if active.ended_as is None and limit is not None and minutes > limit:
             self._ask_to_stop(active, "failed", f"ran longer than sweep.timeout_minutes={limit:g}")
-        elif active.ended_as is not None and time.monotonic() - active.stopped_at > PATIENCE_SECONDS:
+        elif active.ended_as is not None and time.monotonic() - active.stopped_at > active.job.patience_seconds:
             active.job.kill()
 
     def _follow(self, active: Active) -> None:
@@ -247,7 +248,7 @@ class Driver:
         for active in self._active.values():
             say(f"{trial_name(active.number)} is stopped; `qat sweep` again takes it up")
             active.job.stop()
-        end = time.monotonic() + PATIENCE_SECONDS
+        end = time.monotonic() + max((active.job.patience_seconds for active in self._active.values()), default=0.0)
         while any(active.job.poll() is None for active in self._active.values()):
             if len(stop.signals) > 1 or time.monotonic() > end:
                 for active in self._active.values():

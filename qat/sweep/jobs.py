@@ -1,7 +1,8 @@
 """How one trial is started, watched and stopped: always as processes of its own, never in the driver's.
 
-A launcher makes a Job of a trial's configuration file. `local` starts it on this machine: `qat train --config-file`, by
-torchrun when the run wants several processes. Each job leads a process group, so that stopping it reaches all of it.
+A launcher (`launchers.py`) makes a Job of a trial's configuration file. Here are the jobs of this machine: `qat train
+--config-file`, by torchrun when the run wants several processes. Each leads a process group, so that stopping it
+reaches all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Protocol
 from qat.config import RunConfig
 from qat.errors import UserError, problem
 
+# A stopped trial may still write what it has
+PATIENCE_SECONDS = 60.0
 # A trial starts a job of its own, not as a rank of whatever started the driver
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -39,7 +41,13 @@ class TrialJob:
 
 
 class Job(Protocol):
-    """A started trial."""
+    """A started trial.
+
+    `patience_seconds`: how long it may take to save when it is stopped. `waits`: it is queued and has not begun.
+    """
+
+    patience_seconds: float
+    waits: bool
 
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
@@ -53,6 +61,9 @@ class Job(Protocol):
 
 class LocalJob(Job):
     """A trial as a process group on this machine. Its id stands in a .pid file until it has ended."""
+
+    patience_seconds = PATIENCE_SECONDS
+    waits = False
 
     def __init__(self, trial: TrialJob, command: list[str] | None = None):
         command = train_command(trial) if command is None else command
@@ -83,10 +94,6 @@ class LocalJob(Job):
     def kill(self) -> None:
         end_group(self._process.pid, signal.SIGKILL)
         self._process.wait()
-
-
-# Name in sweep.launcher -> what starts a trial
-LAUNCHERS: dict[str, Callable[[TrialJob], Job]] = {"local": LocalJob}
 
 
 def train_command(trial: TrialJob) -> list[str]:
@@ -130,7 +137,7 @@ def check_local(run: RunConfig, parallel: int) -> list[str]:
     """A line for what this machine cannot do for trials like `run`, `parallel` of them side by side."""
     problems = []
     if run.trainer.nodes > 1:
-        fix = "Use trainer.nodes=1; a trial on several machines needs a cluster's launcher."
+        fix = "Use trainer.nodes=1; trials on several machines are SLURM jobs: sweep.launcher=slurm cluster=slurm."
         problems.append(problem("trainer.nodes", "sweep.launcher=local is one machine", run.trainer.nodes, fix))
     if run.trainer.accelerator == "gpu":
         wanted, found = parallel * run.trainer.devices, len(visible_gpus())
@@ -151,7 +158,7 @@ def end_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
 
 
-def end_left_over(config_file: Path, patience_seconds: float = 60.0) -> None:
+def end_left_over(config_file: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
     """Stop the process that a dead driver left running on this configuration, and wait for its end.
 
     The id is believed only while that process still names the file, or the trial's run folder, in its command line.

@@ -283,6 +283,23 @@ def test_one_step_that_is_not_finite_is_skipped_and_the_rest_trained(train, tiny
     assert lines("train")[-1]["loss"] < lines("train")[0]["loss"]
 
 
+def test_loss_that_stays_far_above_its_first_is_said_once_with_a_hint(train, tiny_model_dir, monkeypatch, capsys):
+    honest = CausalLMModule.losses
+
+    def rising(self, ids):
+        loss, ce, kl = honest(self, ids)
+        return loss, ce * (1 + 0.7 * self.global_step), kl
+
+    train(student(tiny_model_dir))
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(CausalLMModule, "losses", rising)
+    train(student(tiny_model_dir), max_steps=8)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    # 2.4 times the first at the third step, for the third time at the fifth
+    assert line.startswith("warning: step 5 (fake_quantize): the loss is ")
+    assert "Lower optim.lr, or delay fake quantization with phases=delayed." in line
+
+
 def test_interrupt_reaches_the_caller(train):
     handler = signal.getsignal(signal.SIGINT)
 

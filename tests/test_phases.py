@@ -8,6 +8,7 @@ from quant_models import IDS, float_model, logits, plan
 from torch import Tensor
 
 from qat import grid
+from qat.errors import UserError
 from qat.fake_quant import FakeQuantize
 from qat.insert import FakeQuantOptions, insert
 from qat.nn.quant import input_fake_quants, quantized_weights
@@ -264,3 +265,20 @@ def test_model_loaded_in_the_middle_goes_on_as_the_one_that_never_stopped(model_
             move_weights(model, step)
         assert torch.equal(logits(going), logits(resumed)), step
     assert equal(scales(going), scales(resumed)) == {True}
+
+
+def test_static_inputs_that_no_token_came_to_are_named(tiny_model_dir):
+    """Calibration, and the end of a watching phase, say which layers saw nothing."""
+    model = float_model(tiny_model_dir)
+    insert(model, plan("w8a8_static"), SCALES["static"])
+    none = IDS[:0]
+    with pytest.raises(UserError, match=r"calibration: every static input must see data, got nothing at ") as caught:
+        calibrate(model, none, 2)
+    assert "model.layers.0.self_attn.q_proj, " in str(caught.value) and " and 4 more. Raise" in str(caught.value)
+    assert not caught.value.before_work
+    at(model, 0, WATCH_FIRST)
+    model(IDS)
+    silent = model.get_submodule("model.layers.1.mlp.down_proj").input_fake_quant
+    silent.observer.count.zero_()
+    with pytest.raises(UserError, match=r"got nothing at model\.layers\.1\.mlp\.down_proj\. Raise"):
+        at(model, 5, WATCH_FIRST)

@@ -51,7 +51,8 @@ def test_run_without_memory_ends_with_estimate_peak_and_remedies(train, tmp_path
     code, _, error = train("trainer.batch_size=4")
     assert code == 1
     (line,) = lines_of(error)
-    found = re.search(r"peak ([\d.]+) GiB; by estimate a process needs ([\d.]+) GiB\)\. Cheapest ways to fit: (.*)", line)
+    wanted = r"peak ([\d.]+) GiB; by estimate a process needs ([\d.]+) GiB\)\. Cheapest ways to fit: (.*)"
+    found = re.search(wanted, line)
     assert found and float(found[1]) > 0.1
     assert "trainer.batch_size=1" in found[3] and found[3].count(" GiB)") >= 3
     # by these words a sweep knows why its trial failed
@@ -166,7 +167,8 @@ def test_run_folder_without_write_access_is_refused_before_training(is_there):
         runs.chmod(0o555)
         config.runs_dir = str(runs)
         said = in_child(create).decode()
-        assert said.startswith(f"True {runs / 'mine'}: must be a writable folder, got Permission denied. Choose another")
+        wanted = f"True {runs / 'mine'}: must be a writable folder, got Permission denied. Choose another"
+        assert said.startswith(wanted)
         assert [path.name for path in runs.rglob("*")] == (["mine"] if is_there else [])
 
 

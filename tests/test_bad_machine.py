@@ -95,7 +95,7 @@ def test_log_on_a_full_disk_ends_the_run_with_a_way_out(train, tmp_path, monkeyp
         Metrics(tmp_path).write("train", 1)
     code, _, error = train()
     assert code == 1
-    assert re.search(r"must have room on its disk, got .*No space left on device.* qat resume", lines_of(error)[0])
+    assert re.search(r"must have room on its disk, got .*No space left on device.*qat resume", lines_of(error)[0])
     assert json.loads((tmp_path / "runs/mine/run_status.json").read_text())["status"] == "failed"
 
 

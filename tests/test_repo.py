@@ -82,8 +82,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": named("errors paths config formats convert models data evaluate serve export build pipeline"),
     "cli": named(
         "errors signals progress memory paths config checks scaling report estimators observers kernels insert ptq "
-        "formats convert models data evaluate sensitivity serve checkpoint run_folder cluster export sweep build pipeline "
-        "verify"
+        "formats convert models data evaluate sensitivity serve checkpoint run_folder cluster export sweep build "
+        "pipeline verify"
     ),
 }
 # Arrows that no later table may draw.

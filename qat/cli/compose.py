@@ -235,7 +235,7 @@ def read_yaml(file: Path, schema: type = RunConfig, place: str = "") -> tuple[di
     except yaml.MarkedYAMLError as error:
         return {}, [yaml_problem(error, str(file))]
     except OSError as error:
-        return {}, [problem(str(file), "must be a readable YAML file", error.strerror, "Check the path.")]
+        return {}, [problem(str(file), "must be a readable YAML file", error.strerror or error, "Check the path.")]
     except UnicodeDecodeError as error:
         where = f"{file}:{error.object.count(10, 0, error.start) + 1}"
         return {}, [problem(where, "must be UTF-8", f"byte 0x{error.object[error.start]:02x}", "Save it as UTF-8.")]

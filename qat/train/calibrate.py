@@ -26,15 +26,17 @@ def calibrate(model: nn.Module, windows: Tensor, batch_size: int) -> None:
     """
     named = [(name, fq) for name, fq in input_fake_quants(model) if fq.observer is not None]
     watched = [fq for _, fq in named]
+    # without windows a phase that watches has to come first (checks.py)
+    batches = windows.split(batch_size) if watched and len(windows) else ()
     if any(parameter.is_meta for parameter in model.parameters()):
-        for _ in track(windows.split(batch_size) if watched else (), "calibrate"):
+        for _ in track(batches, "calibrate"):
             pass  # to hear requests to stop together with rank 0, which does the work
         return
     for _, weight, fake_quant in quantized_weights(model):
         if fake_quant.observer is not None:
             fake_quant.observer.observe(weight)
             fake_quant.adopt_observed()
-    if not watched:
+    if not batches:
         return
     quants = [fq for _, _, fq in quantized_weights(model)] + watched
     before = [fq.now for fq in quants]
@@ -43,7 +45,7 @@ def calibrate(model: nn.Module, windows: Tensor, batch_size: int) -> None:
         fake_quant.set_phase(Phase(observing, False, False, fake_quant.now.bits))
     was_training = model.training
     model.eval()
-    for batch in track(windows.split(batch_size), "calibrate"):
+    for batch in track(batches, "calibrate"):
         model(batch)
     model.train(was_training)
     for fake_quant, phase in zip(quants, before, strict=True):

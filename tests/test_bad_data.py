@@ -74,7 +74,8 @@ def test_data_file_that_is_cut_or_empty_is_refused_with_its_folder(tmp_path, tin
     # a csv cut between two lines is a shorter csv
     for content in [b""] if suffix == "csv" else [b"", whole[: len(whole) // 2]]:
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"set: must (be readable as data.kind=folder|hold text|have the column)") as caught:
+        wanted = r"set: must (be readable as data.kind=folder|hold text|have the column)"
+        with pytest.raises(UserError, match=wanted) as caught:
             load_windows(config(folder, kind="folder"), tiny_tokenizer)
         assert caught.value.before_work
 

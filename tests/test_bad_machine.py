@@ -54,7 +54,7 @@ def test_run_without_memory_ends_with_estimate_peak_and_remedies(train, tmp_path
     wanted = r"peak ([\d.]+) GiB; by estimate a process needs ([\d.]+) GiB\)\. Cheapest ways to fit: (.*)"
     found = re.search(wanted, line)
     assert found and float(found[1]) > 0.1
-    assert "trainer.batch_size=1" in found[3] and found[3].count(" GiB)") >= 3
+    assert "trainer.batch_size=1" in found[3] and found[3].count(" GiB)") >= 2
     # by these words a sweep knows why its trial failed
     assert re.search("OutOfMemoryError|MemoryError|can't allocate memory", line)
     assert json.loads((tmp_path / "runs/mine/run_status.json").read_text())["status"] == "failed"

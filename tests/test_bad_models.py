@@ -99,6 +99,13 @@ def test_pickle_that_runs_code_is_never_opened(model_copy, tmp_path, name):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b'{"version": "1.0"}', b"<html>"])
+def test_tokenizer_that_is_cut_or_none_is_refused(model_copy, content):
+    (model_copy / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"model: (must load|the tokenizer must have tokens|must hold)"):
+        load_tokenizer(at(model_copy))
+
+
 def test_code_that_a_config_names_is_not_run_and_said(model_copy, tmp_path, caplog):
     marker = tmp_path / "it-ran"
     (model_copy / "own.py").write_text(f"import os\nos.mkdir({str(marker)!r})\nclass OwnConfig: pass\n")

@@ -20,7 +20,7 @@ def rows() -> list[tuple[int, str, str, str]]:
 
 
 @cache
-def tests_of(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     """Names of the test functions of a file, read without running it."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
@@ -33,12 +33,12 @@ def test_every_fault_has_one_row_in_order():
 def test_every_named_test_exists():
     named = [place for *_, tests in rows() for place in TEST.findall(tests)]
     assert len(named) > FAULTS
-    assert [f"{file}::{name}" for file, name in named if name not in tests_of(file)] == []
+    assert [f"{file}::{name}" for file, name in named if name not in functions_of(file)] == []
 
 
 def test_last_column_holds_tests_only_and_is_empty_for_a_reason_only():
     for number, fault, happens, tests in rows():
-        assert fault.strip() and len(happens) >= 10 or happens == "E2", number
+        assert fault.strip() and (len(happens) >= 10 or happens == "E2"), number
         assert TEST.sub("", tests).strip() in ("", "–"), number
         if not TEST.search(tests):
             assert len(happens) > 60, f"row {number} has no test, so it must say why it does not apply"

@@ -339,7 +339,7 @@ def _explained(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         # the tokenizers library raises plain exceptions; others are no fault of the files
-        if not isinstance(error, (OSError, ValueError, ImportError)) and type(error) is not Exception:
+        if not isinstance(error, (OSError, ValueError, ImportError, KeyError)) and type(error) is not Exception:
             raise
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:

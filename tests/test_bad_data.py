@@ -83,8 +83,11 @@ def test_data_file_that_is_cut_or_empty_is_refused_with_its_folder(tmp_path, tin
 def test_data_set_without_a_row_is_refused(tmp_path, tiny_tokenizer):
     import datasets
 
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"empty.jsonl: must hold text, got 0 documents"):
+        load_windows(config(tmp_path / "empty.jsonl", kind="jsonl"), tiny_tokenizer)
     datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match=r"saved: must hold text, got 0 documents"):
+    with pytest.raises(UserError, match=r"saved: must (hold text|be readable as data.kind=folder), got "):
         load_windows(config(tmp_path / "saved", kind="folder"), tiny_tokenizer)
 
 

@@ -81,8 +81,15 @@ class Checkpoints:
         raise UserError(failure[1], before_work=False)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint and a line for each newer one that is damaged; all processes call and agree."""
-        found, skipped = ranks.from_main(self._newest_here() if ranks.rank() == 0 else None)
+        """The newest whole checkpoint and a line for each newer one that is damaged; all processes call and agree.
+
+        Raises:
+            UserError: the newest whole one was written in another format.
+        """
+        there, trouble = ranks.from_main(_attempt(self._newest_here) if ranks.rank() == 0 else None)
+        if trouble:
+            raise UserError(trouble[1])
+        found, skipped = there
         return (Checkpoint(Path(found[0]), found[1]) if found else None), skipped
 
     def sweep(self) -> None:
@@ -208,14 +215,15 @@ def write_manifest(folder: Path, content: dict[str, Any], files: dict[str, Any])
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder all of whose files are as written; raises Damaged otherwise."""
+    """The manifest of a folder all of whose files are as written; raises Damaged, or UserError for another format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise Damaged(f"no readable {MANIFEST}") from None
     if manifest.get("version") != VERSION:
-        raise Damaged(f"format version {manifest.get('version')}, this program reads {VERSION}")
+        fix = "Resume with the version of qat that wrote it, or train anew under another name=..."
+        raise UserError(problem(str(folder), f"format version must be {VERSION}", manifest.get("version"), fix))
     for name, wanted in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != wanted["bytes"]:

@@ -94,6 +94,7 @@ AT_LEAST: dict[str, int] = {
     "evaluate.decode_tokens": 0,
     "export.max_new_tokens": 1,
 }
+AT_MOST = {"seed": 2**31 - 1, "cluster.port": 65534}
 ABOVE_ZERO = (
     *("optim.lr", "optim.scale_lr", "distill.temperature", "ptq.damping"),
     *("trainer.start_timeout_minutes", "trainer.timeout_minutes", "trainer.memory_gib"),
@@ -119,10 +120,13 @@ def value_at(config: RunConfig, key: str) -> Any:
 
 
 def names(config: RunConfig) -> Iterator[str]:
-    """The run folder has a plain name in a folder."""
+    """The run folder has a plain name in a folder; model and text are somewhere."""
     name = config.name
     if name in ("", ".", "..") or name != name.strip() or any(c in "/\\\0" for c in name):
         yield problem("name", "must be a plain folder name", f"'{name}'", "Use runs_dir for the folder above it.")
+    for key in ("model.path", "data.path"):
+        if not value_at(config, key).strip():
+            yield problem(key, "must be a path or a name", "nothing", f"Use {key}=FOLDER.")
     if not config.runs_dir.strip():
         yield problem("runs_dir", "must be a folder", f"'{config.runs_dir}'", "Use runs_dir=runs.")
 
@@ -143,6 +147,9 @@ def ranges(config: RunConfig) -> Iterator[str]:
         value = value_at(config, key)
         if value is not None and not (math.isfinite(value) and value >= least):
             yield problem(key, f"must be at least {least}", value, f"Use {key}={max(least, 1)} or more.")
+    for key, most in AT_MOST.items():
+        if value_at(config, key) > most:
+            yield problem(key, f"must be at most {most}", value_at(config, key), "Use a smaller number.")
     for key in ABOVE_ZERO:
         value = value_at(config, key)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -388,8 +395,6 @@ def cluster(config: RunConfig) -> Iterator[str]:
         fix = "Raise cluster.time_minutes, or lower cluster.signal_seconds."
         wanted = f"must be less than the {60 * chosen.time_minutes} s of cluster.time_minutes"
         yield problem("cluster.signal_seconds", wanted, chosen.signal_seconds, fix)
-    if chosen.port > 65534:
-        yield problem("cluster.port", "must be at most 65534", chosen.port, "Use cluster.port=29500.")
     for i, option in enumerate(chosen.sbatch):
         name = option.partition("=")[0].lstrip("-")
         if not re.fullmatch(r"[a-z][a-z-]*", name):

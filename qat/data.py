@@ -271,6 +271,11 @@ def _decoded(file: Path, errors: str) -> str:
         raise UserError(problem(f"{file}:byte {error.start}", "must be UTF-8", got, fix)) from error
     except OSError as error:
         raise UserError(problem(str(file), "must be readable", str(error), "Check its rights.")) from error
+    at = text.find("\0")
+    if at >= 0 and errors == "strict":  # UTF-16, or no text at all
+        fix = "Convert the file to UTF-8, or set data.encoding_errors=replace or ignore."
+        raise UserError(problem(f"{file}:byte {len(text[:at].encode())}", "must be text", "a NUL byte", fix))
+    text = text.replace("\0", "" if errors == "ignore" else "\ufffd")
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 

@@ -98,7 +98,6 @@ class Site:
     """Where a weight sits: enough to swap it."""
 
     layer: Layer
-    parent: nn.Module
     attribute: str
     module: nn.Module
     weight: Tensor
@@ -127,9 +126,8 @@ def insert(model: nn.Module, plan: QuantPlan, options: FakeQuantOptions, max_uns
     if problems:
         raise UserError(*problems)
     owners: dict[int, FakeQuantize] = {}
-    for site in sites:
-        if site.layer.scheme:
-            _swap(site, grids[site.layer.name], options, owners)
+    planned = [site for site in sites if site.layer.scheme]
+    _put(model, {id(site.module): _made(site, grids[site.layer.name], options, owners) for site in planned})
     model.train(model.training)  # new layers are born in training mode whatever the model is in
     return coverage
 
@@ -172,8 +170,6 @@ def _call(model: nn.Module, method: str) -> nn.Module | None:
 
 def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[Site]:
     """The quantizable weights that `module` itself owns."""
-    parent = model.get_submodule(module_name.rpartition(".")[0])
-    attribute = module_name.rpartition(".")[2]
     kind = {nn.Linear: "linear", nn.Embedding: "embedding"}.get(type(module))
     if kind is None and type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         kind = "conv1d"
@@ -181,7 +177,7 @@ def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[Si
         weight: Tensor = getattr(module, "weight")  # noqa: B009 - nn.Module has no such attribute for the type checker
         shape = tuple(weight.shape) if kind != "conv1d" else tuple(weight.shape[::-1])
         layer = Layer(f"{module_name}.weight", kind, shape, weight.numel())
-        yield Site(layer, parent, attribute, module, weight, kind == "conv1d")
+        yield Site(layer, "weight", module, weight, kind == "conv1d")
         return
     if type(module).__module__.startswith("torch.nn."):
         return  # convolutions and the like: a 3-D kernel is no stack of experts
@@ -191,7 +187,7 @@ def _sites(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[Si
             e, n, k = parameter.shape
             shape = (e, k, n) if transposed else (e, n, k)
             layer = Layer(f"{module_name}.{name}", "experts", shape, parameter.numel())
-            yield Site(layer, module, name, module, parameter, transposed)
+            yield Site(layer, name, module, parameter, transposed)
 
 
 def _decide(site: Site, plan: QuantPlan, is_table: bool, owner: str, coverage: Coverage) -> None:
@@ -226,8 +222,8 @@ def _decide(site: Site, plan: QuantPlan, is_table: bool, owner: str, coverage: C
     coverage.layers.append(layer)
 
 
-def _swap(site: Site, scheme: QuantScheme, options: FakeQuantOptions, owners: dict[int, FakeQuantize]) -> None:
-    """Replace one float layer; a tied weight shares one FakeQuantize."""
+def _made(site: Site, scheme: QuantScheme, options: FakeQuantOptions, owners: dict[int, FakeQuantize]) -> nn.Module:
+    """The training layer of one float layer (experts: itself, changed); a tied weight shares one FakeQuantize."""
     weight_fq = owners.get(id(site.weight))
     if weight_fq is None:
         shape = scheme.weight.scale_shape(site.layer.shape)
@@ -238,11 +234,10 @@ def _swap(site: Site, scheme: QuantScheme, options: FakeQuantOptions, owners: di
         owners[id(site.weight)] = weight_fq
     if site.layer.kind == "experts":
         quantize_experts(site.module, site.attribute, weight_fq, site.transposed)
-        return
+        return site.module
     if site.layer.kind == "embedding":
         assert isinstance(site.module, nn.Embedding)
-        setattr(site.parent, site.attribute, QuantEmbedding(site.module, weight_fq))
-        return
+        return QuantEmbedding(site.module, weight_fq)
     input_fq = None
     if scheme.input is not None:
         mode = "dynamic" if scheme.input.dynamic else "static"
@@ -250,6 +245,13 @@ def _swap(site: Site, scheme: QuantScheme, options: FakeQuantOptions, owners: di
         input_fq.to(site.weight.device)
     if site.layer.kind == "linear":
         assert isinstance(site.module, nn.Linear)
-        setattr(site.parent, site.attribute, QuantLinear(site.module, weight_fq, input_fq))
-    else:
-        setattr(site.parent, site.attribute, QuantConv1D(site.module, weight_fq, input_fq))
+        return QuantLinear(site.module, weight_fq, input_fq)
+    return QuantConv1D(site.module, weight_fq, input_fq)
+
+
+def _put(model: nn.Module, made: dict[int, nn.Module]) -> None:
+    """Training layers in the place, or the several places, where a model calls the float ones."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in made:
+                setattr(parent, name, made[id(child)])

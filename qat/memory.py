@@ -1,4 +1,4 @@
-"""Keep freed memory in the process instead of giving it back to the kernel at every step.
+"""Memory of this process: its peak, its end, and keeping what is freed instead of giving it back at every step.
 
 A training step on a CPU frees and asks again for gigabytes of large tensors. By default glibc maps and unmaps each of
 them, and the kernel zeroes every page anew: at 1024 tokens of SmolLM2-135M that was a quarter of the step
@@ -23,6 +23,24 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> None:
     """Give back to the kernel what is free, before another process needs it."""
     _glibc("malloc_trim", 0)
+
+
+def peak_gib() -> float:
+    """Peak resident memory of this process, or of the GPU when there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or the system could not have the memory it asked for."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
 
 
 def _glibc(name: str, *arguments: int) -> int | None:

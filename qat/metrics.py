@@ -49,6 +49,7 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.stage: dict[str, str] = {}
         self.before = 0
+        self._has_written = False
         self._wandb: Any = None
         if wandb_mode != "off" and is_main():
             self._wandb = _start_wandb(folder, wandb_mode, project, config or {}, run_id, group)
@@ -68,6 +69,9 @@ class Metrics:
             return
         step, values = step + self.before, self.stage | values
         line = json.dumps(finite({"event": event, "step": step, **values}))
+        if self._has_written and not self.path.exists():
+            say(f"warning: {self.path} was deleted; it begins anew with step {step}")
+        self._has_written = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -8,7 +8,6 @@ eval mode. Only this file and `data.py` import transformers. Writing packed mode
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from torch import nn
 
 from qat.config import ModelConfig
 from qat.errors import UserError, problem
+from qat.model_files import check_weight_files, refuse_adapter, warn_of_code_fields
 from qat.paths import atomic_dir, resolve
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 # Config keys that change the logits after (or before) the output head, and the values with which they do not.
 LOGIT_KEYS = {
@@ -172,16 +170,20 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     """The Hugging Face config of a float model.
 
     Raises:
-        UserError: no config.json, an unknown or unreachable model, remote code, or a model that is quantized already.
+        UserError: no config.json, an unknown or unreachable model, remote code, an adapter, or a model that is
+            quantized already.
     """
     from transformers import AutoConfig
 
     source = local_source(config)
     folder = Path(source)
+    refuse_adapter(folder)
     if folder.is_dir() and not (folder / "config.json").exists():
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         fix = f"Point model.path at {ggufs[0]}." if ggufs else "Give a folder written by save_pretrained."
         raise UserError(problem("model.path", "must hold config.json", f"no {folder / 'config.json'}", fix))
+    if folder.is_dir() and not config.trust_remote_code:
+        warn_of_code_fields(folder / "config.json")
     with _explained(source):
         hf_config = AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -199,15 +201,15 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """The float32 causal language model in eval mode, on the CPU, every weight read from safetensors and finite.
 
     Raises:
-        UserError: anything `load_config` refuses; weights that are missing, misshapen, not finite, cut short, pickled
-            or outside the folder; an output head that `hidden_and_head` cannot take apart.
+        UserError: anything `load_config` refuses; weights that are missing, unknown, misshapen, not finite, cut
+            short, pickled or outside the folder; an output head that `hidden_and_head` cannot take apart.
     """
     from transformers import AutoModelForCausalLM
 
     hf_config = load_config(config)
     source = local_source(config)
     if Path(source).is_dir():
-        _check_weight_files(Path(source))
+        check_weight_files(Path(source))
     _quiet_progress()
     with _explained(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -294,46 +296,6 @@ def _check_head(model: PreTrainedModel) -> None:
         raise UserError(problem(type(model).__name__, "logits must be head(hidden states)", f"a gap of {gap:.3g}", fix))
 
 
-def _check_weight_files(folder: Path) -> None:
-    """Refuse, before a tensor is read, weights that are pickled, outside the folder, absent or cut short."""
-    from safetensors import SafetensorError, safe_open
-
-    if (folder / WEIGHTS).exists():
-        names = [WEIGHTS]
-    elif (folder / INDEX).exists():
-        names = _shards(folder / INDEX)
-    else:
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        got = f"pickled weights ({', '.join(pickled[:3])}), which can run code" if pickled else "none"
-        fix = "Convert once where you trust the files: model.save_pretrained(folder) writes safetensors."
-        raise UserError(problem(str(folder), f"must hold {WEIGHTS} or {INDEX}", got, fix))
-    problems = []
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                file.keys()
-        except FileNotFoundError:
-            problems.append(problem(str(folder / name), "the index asks for it", "no such file", "Download it again."))
-        except (SafetensorError, OSError) as error:
-            wanted = "must be a whole safetensors file"
-            problems.append(problem(str(folder / name), wanted, str(error), "Download or save it again."))
-    if problems:
-        raise UserError(*problems)
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise UserError(problem(str(index), "must be JSON with a weight_map", got, "Save the model again.")) from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        wanted = "must name files in its own folder"
-        raise UserError(problem(str(index), wanted, ", ".join(map(str, outside[:3])), "Do not use this model."))
-    return names
-
-
 def _check_loaded(source: str, info: dict[str, Any]) -> None:
     problems = []
     missing = sorted(info["missing_keys"])
@@ -343,6 +305,10 @@ def _check_loaded(source: str, info: dict[str, Any]) -> None:
     mismatched = sorted(
         f"{name} {list(there)} instead of {list(wanted)}" for name, there, wanted in info["mismatched_keys"]
     )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        got = f"{len(unexpected)} more: {', '.join(unexpected[:10])}"
+        problems.append(problem(source, "must hold no weights but the model's", got, "Check config.json."))
     if mismatched:
         got = f"{len(mismatched)} others: {', '.join(mismatched[:10])}"
         problems.append(problem(source, "weights must have the config's shapes", got, "Check config.json."))
@@ -371,7 +337,10 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # the tokenizers library raises plain exceptions; others are no fault of the files
+        if not isinstance(error, (OSError, ValueError, ImportError, KeyError)) and type(error) is not Exception:
+            raise
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             wanted = "needs Python code that comes with the model"

@@ -10,6 +10,7 @@ is not decided here.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -121,6 +122,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether writing failed for want of space or quota; safetensors says it in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
 
 
 def write_text_atomic(path: Path, text: str) -> None:

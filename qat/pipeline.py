@@ -216,7 +216,9 @@ def _rtn(config: RunConfig, model: nn.Module, windows: TextWindows) -> nn.Module
 
     rounded = copy.deepcopy(model)
     build.rtn_layers(rounded, config)
-    calibration = windows.train[: config.fake_quant.calibration_batches * config.trainer.batch_size]
+    # no phase watches for it later
+    batches = max(1, config.fake_quant.calibration_batches)
+    calibration = windows.train[: batches * config.trainer.batch_size]
     calibrate(rounded, calibration, config.trainer.batch_size)
     return rounded
 

@@ -26,7 +26,7 @@ from qat.train.blockwise import BlockOptions, fit_blocks
 from qat.train.calibrate import calibrate
 from qat.train.fit import FitOptions, as_teacher, fit
 from qat.train.losses import LossWeights
-from qat.train.module import OptimOptions
+from qat.train.module import CausalLMModule, OptimOptions
 from qat.train.phases import PhaseEntry
 
 STEPS, GLOBAL_BATCH = 6, 4
@@ -105,6 +105,27 @@ def train_blocks(folder: Path, model_dir: Path, windows: torch.Tensor, cut: int 
     save_file(unique_state(model), folder / f"state{ranks.rank()}.safetensors")
 
 
+def train_with_nan(folder: Path, model_dir: Path, windows: torch.Tensor, strategy: str) -> None:
+    """`dynamic` with a loss that is not a number in the third step of the last process alone."""
+    honest = CausalLMModule.losses
+
+    def losses(self, ids):
+        loss, ce, kl = honest(self, ids)
+        is_bad = self.global_step == 2 and ranks.rank() == ranks.world() - 1
+        return (loss * float("nan") if is_bad else loss), ce, kl
+
+    CausalLMModule.losses = losses
+    try:
+        model = train(folder, model_dir, windows, strategy, "dynamic")
+    finally:
+        CausalLMModule.losses = honest
+    # under fsdp2 the first process alone has the whole
+    mine = float(sum(parameter.double().sum() for parameter in model.parameters())) if strategy == "ddp" else 0.0
+    sums = ranks.gather(mine)
+    if ranks.rank() == 0:
+        (folder / "sums.json").write_text(json.dumps(sums))
+
+
 def main() -> None:
     """Every scenario named, under one process group."""
     folder, model_dir, windows, strategy, *names = sys.argv[1:]
@@ -114,6 +135,9 @@ def main() -> None:
     for name in names:
         name, _, cut = name.partition("@")
         place = Path(folder) / strategy / (name + cut)
+        if name == "nan":
+            train_with_nan(place, Path(model_dir), there, strategy)
+            continue
         if name == "blocks":
             signals.listen()
             for until in [int(cut), None] if cut else [None]:

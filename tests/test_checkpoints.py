@@ -76,7 +76,6 @@ def test_rows_are_read_across_the_files_of_several_processes(tmp_path, monkeypat
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), "is missing or has another size"),
         (lambda folder: os.truncate(next(folder.glob("*.safetensors")), 100), "is missing or has another size"),
         (lambda folder: flip(next(folder.glob("*.safetensors"))), "has another checksum"),
-        (lambda folder: rewrite_version(folder / MANIFEST), "format version 99, this program reads 1"),
     ],
 )
 def test_damaged_checkpoint_is_told_and_passed_over(tmp_path, damage, why):
@@ -98,8 +97,19 @@ def flip(file) -> None:
     file.write_bytes(content)
 
 
-def rewrite_version(file) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
+@pytest.mark.parametrize("version", [0, 2, None])
+def test_checkpoint_of_another_version_is_refused_and_left(tmp_path, version):
+    """Going on from an older one, or from nothing, would throw work away that another version can read."""
+    store = Checkpoints(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    file = tmp_path / "step-000002" / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": version}))
+    wanted = rf"step-000002: format version must be 1, got {version}\. Resume with"
+    with pytest.raises(UserError, match=wanted) as caught:
+        store.newest()
+    assert caught.value.before_work
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-000001", "step-000002"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -109,6 +109,22 @@ def test_plan_needs_no_weights(qat, model_copy):
     assert qat("plan", f"model.path={model_copy}")[0] == 0
 
 
+def test_plan_warns_of_a_rule_that_takes_table_or_head_too(qat, tiny_model_dir, tiny_mixtral_dir):
+    words = ["plan.rules=[{match: '*', scheme: w8a16}]", "plan.max_unsupported=1"]
+    _, _, error = qat("plan", f"model.path={tiny_mixtral_dir}", *words)
+    assert [line.partition(":")[2].split(": ")[0].strip() for line in error.splitlines() if "warning" in line] == [
+        "rule '*' also takes model.embed_tokens.weight",
+        "rule '*' also takes lm_head.weight",
+    ]
+    _, _, error = qat("plan", f"model.path={tiny_model_dir}", "plan.rules=[{match: '*_proj', scheme: w8a16}]")
+    assert "also takes" not in error
+    # the default leaves table and head to plan.embedding, and routers have no grid
+    _, out, _ = qat("plan", f"model.path={tiny_mixtral_dir}", "plan.max_unsupported=1", "--json")
+    layers = {layer["name"]: layer for layer in json.loads(out)["layers"]}
+    assert layers["lm_head.weight"]["reason"] == layers["model.embed_tokens.weight"]["reason"] == "plan.embedding"
+    assert layers["model.layers.0.mlp.gate.weight"]["scheme"] is None
+
+
 def test_plan_follows_rules_and_kv(qat, tiny_model_dir):
     rules = "plan.rules=[{match: model.layers.0.*, scheme: keep}, {match: '*.down_proj', scheme: w8a8}]"
     _, out, _ = qat("plan", f"model.path={tiny_model_dir}", "--json", rules, "kv=kv4")

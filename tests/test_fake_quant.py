@@ -170,6 +170,22 @@ def test_narrower_bits_use_the_narrower_range():
     assert seen[8][1] < seen[6][1] < seen[4][1]
 
 
+@pytest.mark.parametrize("estimator", ["lsq", "lsq_plus"])
+@pytest.mark.parametrize("shift", [-1.0, -5.0, -1e30, 1e30])
+@specs()
+def test_learned_scale_that_leaves_its_range_stays_a_grid(spec, estimator, shift):
+    """A shift below -1 would make the scale negative: it stops at the smallest one, and its gradient is finite."""
+    fake_quant, x = made(spec, "learned", estimator), weight()
+    fake_quant.scale_shift.data.fill_(shift)
+    qparams = fake_quant.qparams(x)
+    assert (qparams.scale >= grid.SCALE_MIN).all() and (qparams.scale <= grid.SCALE_MAX).all()
+    y = fake_quant(x)
+    assert torch.isfinite(y).all()
+    assert torch.equal(y, grid.dequantize(fake_quant.codes(x), qparams, spec))
+    y.square().sum().backward()
+    assert torch.isfinite(fake_quant.scale_shift.grad).all()
+
+
 def test_adopting_a_range_needs_data_first():
     fake_quant = FakeQuantize(SPECS["tensor"], (1,), ESTIMATORS["ste_clipped"], "static", "minmax")
     with pytest.raises(UserError, match="calibration: an observer must see data, got none"):

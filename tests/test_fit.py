@@ -283,6 +283,27 @@ def test_one_step_that_is_not_finite_is_skipped_and_the_rest_trained(train, tiny
     assert lines("train")[-1]["loss"] < lines("train")[0]["loss"]
 
 
+def test_loss_that_stays_far_above_its_first_is_said_once_with_a_hint(train, tiny_model_dir, monkeypatch, capsys):
+    def said() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+
+    train(student(tiny_model_dir))
+    assert said() == []
+    honest, told = CausalLMModule.losses, (1.0, 1.9, 2.5, 2.5, 1.5, 2.5, 2.5, 2.5, 2.5)
+
+    def rising(self, ids):
+        loss, ce, kl = honest(self, ids)
+        return loss, torch.full_like(ce, told[self.global_step]), kl
+
+    monkeypatch.setattr(CausalLMModule, "losses", rising)
+    train(student(tiny_model_dir), max_steps=9)
+    (line,) = said()
+    assert line == (
+        "warning: step 8 (fake_quantize): the loss is 2.5, in the first step of this phase it was 1. "
+        "Lower optim.lr, or delay fake quantization with phases=delayed."
+    )
+
+
 def test_interrupt_reaches_the_caller(train):
     handler = signal.getsignal(signal.SIGINT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 
@@ -42,6 +43,17 @@ def test_line_is_on_disk_when_write_returns(tmp_path):
     assert len(lines(tmp_path)) == 1
     metrics.write("train", 2)
     assert len(lines(tmp_path)) == 2
+
+
+def test_folder_that_is_deleted_meanwhile_is_made_again_and_said(tmp_path, capsys):
+    metrics = Metrics(tmp_path / "run")
+    metrics.write("train", 1)
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(tmp_path / "run")
+    for step in (2, 3):
+        metrics.write("train", step)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3]
+    assert capsys.readouterr().err.count("metrics.jsonl was deleted; it begins anew with step 2") == 1
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from quant_models import IDS, float_model, logits, plan
 from torch import Tensor
 
 from qat import grid
+from qat.errors import UserError
 from qat.fake_quant import FakeQuantize
 from qat.insert import FakeQuantOptions, insert
 from qat.nn.quant import input_fake_quants, quantized_weights
@@ -264,3 +265,35 @@ def test_model_loaded_in_the_middle_goes_on_as_the_one_that_never_stopped(model_
             move_weights(model, step)
         assert torch.equal(logits(going), logits(resumed)), step
     assert equal(scales(going), scales(resumed)) == {True}
+
+
+def test_static_inputs_that_no_token_came_to_are_named(tiny_model_dir):
+    """Calibration, and the end of a watching phase, say which layers saw nothing."""
+    model = float_model(tiny_model_dir)
+    insert(model, plan("w8a8_static"), SCALES["static"])
+    observers = {name: fq.observer for name, fq in input_fake_quants(model)}
+    for observer in observers.values():
+        observer.observe = lambda *args, **options: None
+    with pytest.raises(UserError, match=r"calibration: every static input must see data, got nothing at ") as caught:
+        calibrate(model, IDS, 2)
+    assert "model.layers.0.self_attn.q_proj, " in str(caught.value) and " and 4 more. Raise" in str(caught.value)
+    assert not caught.value.before_work
+    for name, observer in observers.items():
+        if name != "model.layers.1.mlp.down_proj":
+            del observer.observe
+    at(model, 0, WATCH_FIRST)
+    model(IDS)
+    with pytest.raises(UserError, match=r"got nothing at model\.layers\.1\.mlp\.down_proj\. Raise"):
+        at(model, 5, WATCH_FIRST)
+
+
+def test_watching_phase_needs_no_calibration_before(tiny_model_dir):
+    model = float_model(tiny_model_dir)
+    insert(model, plan("w8a8_static"), SCALES["static"])
+    calibrate(model, IDS[:0], 2)
+    at(model, 0, WATCH_FIRST)
+    model(IDS)
+    at(model, 5, WATCH_FIRST)
+    for _, fake_quant in input_fake_quants(model):
+        assert torch.equal(fake_quant.scale, fake_quant.observer.qparams(fake_quant.spec).scale)
+        assert float(fake_quant.scale) != 1

@@ -20,7 +20,7 @@ from qat.data import load_windows
 from qat.insert import insert
 from qat.nn.quant import quantized_weights
 
-CASES = ("dynamic", "static", "learned", "dynamic@3", "static@1", "learned@4", "scales", "scales@3")
+CASES = ("dynamic", "static", "learned", "dynamic@3", "static@1", "learned@4", "scales", "scales@3", "nan")
 
 
 BLOCKS = ("blocks", "blocks@9")
@@ -108,3 +108,12 @@ def test_processes_end_with_the_same_blocks_and_go_on_bit_for_bit(results):
     lines = [json.loads(line) for line in (results / "blocks/metrics.jsonl").read_text().splitlines()]
     assert all(line["error_after"] < line["error_before"] for line in lines)
     assert len(lines) == 2
+
+
+def test_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(results):
+    lines = [json.loads(line) for line in (results / "nan/metrics.jsonl").read_text().splitlines()]
+    norms = {line["step"]: line["grad_norm"] for line in lines if line["event"] == "train"}
+    assert [step for step, norm in norms.items() if norm is None] == [3]
+    assert len(norms) == 6
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(results / "nan/state.safetensors").values())
+    assert len(set(json.loads((results / "nan/sums.json").read_text()))) == 1

@@ -357,6 +357,16 @@ def test_impossible_sizes_are_refused_at_once(qat, folder):
     assert code == 2 and all(word in error for word in ("--slots: must", "--queue: must", "--max-body-mb: must"))
 
 
+def test_server_is_for_this_machine_unless_it_asks_for_a_key(server, qat, folder):
+    assert server.url.startswith("http://127.0.0.1:")
+    for host in ("0.0.0.0", "::", "example.org"):
+        code, _, error = qat("serve", folder, f"--host={host}", "--port=0")
+        assert code == 2 and f"--api-key: must be given when other machines can ask, got --host {host}." in error
+    one = Running(folder, "--host=0.0.0.0", "--api-key=secret")
+    assert one.post("/v1/completions", json=GREEDY).status_code == 401
+    assert one.stop() == 0
+
+
 def test_missing_web_packages_are_named_with_their_extra(qat, folder, monkeypatch):
     monkeypatch.delitem(sys.modules, "qat.serve.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

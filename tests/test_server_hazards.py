@@ -91,3 +91,30 @@ def test_stream_that_nobody_reads_holds_no_slot_and_no_memory_beyond_its_answer(
     assert texts[-1]["finish_reason"] == "length" and "".join(text["text"] for text in texts).startswith(wanted)
     for reader in readers[1:]:
         reader.close()
+
+
+def test_folder_that_is_swapped_while_it_is_served_changes_nothing(server, long_folder):
+    before = server.client.completions.create(**GREEDY).choices[0].text
+    aside = long_folder.with_name("aside")
+    long_folder.rename(aside)
+    long_folder.mkdir()
+    (long_folder / "config.json").write_text("{}")
+    try:
+        assert server.client.completions.create(**GREEDY).choices[0].text == before != ""
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    finally:
+        (long_folder / "config.json").unlink()
+        long_folder.rmdir()
+        aside.rename(long_folder)
+
+
+def test_connections_that_never_end_their_headers_leave_others_alone(server):
+    silent = []
+    for _ in range(40):
+        one = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        one.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: he")
+        silent.append(one)
+    assert server.client.completions.create(**GREEDY).choices[0].text
+    assert server.metric("qat_active_slots") == server.metric("qat_queue_length") == 0
+    for one in silent:
+        one.close()

@@ -9,6 +9,7 @@ Ranges and checks across fields are in `checks.py`. Objects are built from the r
 from __future__ import annotations
 
 import copy
+import io
 import re
 import sys
 import types
@@ -229,14 +230,21 @@ def read_yaml(file: Path, schema: type = RunConfig, place: str = "") -> tuple[di
     from omegaconf import OmegaConf
 
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
+        text = file.read_bytes().decode("utf-8-sig")
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except yaml.MarkedYAMLError as error:
         return {}, [yaml_problem(error, str(file))]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "bytes that are not UTF-8"
-        return {}, [problem(str(file), "must be a readable YAML file", reason, "Check the path.")]
-    if not isinstance(content, dict):
-        return {}, [problem(str(file), "must hold key: value lines", "something else", "See recipes/tiny.yaml.")]
+    except OSError as error:
+        return {}, [problem(str(file), "must be a readable YAML file", error.strerror or error, "Check the path.")]
+    except UnicodeDecodeError as error:
+        where = f"{file}:{error.object.count(10, 0, error.start) + 1}"
+        return {}, [problem(where, "must be UTF-8", f"byte 0x{error.object[error.start]:02x}", "Save it as UTF-8.")]
+    except (yaml.YAMLError, RecursionError) as error:  # a control character, or brackets without end
+        fix = "Write it as text, with few levels."
+        return {}, [problem(str(file), "must be YAML", getattr(error, "reason", "too many levels"), fix)]
+    if not isinstance(content, dict) or not content:
+        given = "nothing" if content == {} else "something else"
+        return {}, [problem(str(file), "must hold key: value lines", given, "See recipes/tiny.yaml.")]
     scratch = OmegaConf.structured(schema)
     problems = []
     for key, value in leaves({k: v for k, v in content.items() if k != "defaults"}, place):

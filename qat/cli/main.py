@@ -13,7 +13,8 @@ from collections.abc import Callable
 from importlib import import_module
 
 from qat import signals
-from qat.errors import UserError
+from qat.errors import UserError, nearest, problem
+from qat.paths import is_full_disk
 
 # verb -> (module with `arguments(parser)` and `run(args) -> exit code`, one line)
 VERBS: dict[str, tuple[str, str]] = {
@@ -59,6 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        if debug:
+            traceback.print_exc()
+        where = getattr(error, "filename", None) or f"qat {argv[0]}"
+        fix = "Free some there; a run goes on with `qat resume RUN`."
+        print(f"error: {problem(str(where), 'must have room on its disk', error, fix)}", file=sys.stderr)
+        return 1
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -70,8 +80,6 @@ def _dispatch(argv: list[str]) -> int:
         return 0 if argv else 2
     verb = argv[0]
     if verb not in VERBS:
-        from qat.errors import nearest, problem
-
         raise UserError(problem("qat", "must name a verb", verb, nearest(verb, list(VERBS))))
     module_name, line = VERBS[verb]
     module = import_module(module_name)

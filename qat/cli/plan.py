@@ -9,6 +9,7 @@ qat plan recipe=llama3_8b_w4a16_g128_fsdp2 trainer.nodes=2
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     coverage = build.quantize_layers(model, config)
     shape = shape_of(model.config.get_text_config(), coverage)
     numbers = figures(shape, config)
+    for line in tables_of_rules(model, coverage):
+        print(f"warning: {line}", file=sys.stderr)
     if args.json:
         import json
 
@@ -51,6 +54,17 @@ def run(args: argparse.Namespace) -> int:
         _show_figures(numbers, config)
     refuse_too_large(shape, config)
     return 0
+
+
+def tables_of_rules(model: Any, coverage: Any) -> list[str]:
+    """A line for each plan rule with a wildcard that takes the token table or the output head too."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {f"{name}.weight" for name, module in model.named_modules() if any(module is table for table in tables)}
+    return [
+        f"{layer.reason} also takes {layer.name}: {layer.scheme}. Put a rule of its own before it if that is not meant."
+        for layer in coverage.layers
+        if layer.name in names and layer.scheme and layer.reason.startswith("rule") and "*" in layer.reason
+    ]
 
 
 def known_architecture(model: ModelConfig) -> ModelConfig:
@@ -117,17 +131,25 @@ def figures(shape: Any, config: Any) -> dict[str, Any]:
 
 def refuse_too_large(shape: Any, config: Any) -> None:
     """UserError, naming what would help and how much, when a rank needs more memory than its device has."""
-    from qat.scaling import memory, stage_needs
+    from qat.scaling import stage_needs
 
     largest = max(stage_needs(shape, config), key=lambda stage: stage.memory.peak)
     limit, need = config.trainer.memory_gib or _gpu_gib(config), largest.memory.peak / GIB
     if limit is None or need <= limit:
         return
     wanted = f"a rank must fit into the {limit:.1f} GiB of its device"
-    job = largest.job
-    if job is None:
+    if largest.job is None:
         fix = "Lower trainer.batch_size, or leave the blockwise stage out."
         raise UserError(problem("trainer.memory_gib", wanted, f"{need:.1f} GiB in the blockwise stage", fix))
+    fix = ways_to_fit(shape, largest.job, config)
+    raise UserError(problem("trainer.memory_gib", wanted, f"{need:.1f} GiB", fix))
+
+
+def ways_to_fit(shape: Any, job: Any, config: Any) -> str:
+    """The settings that would make a rank need less, the least first, with what it would need then."""
+    from qat.scaling import memory
+
+    need = memory(shape, job).peak / GIB
     changes = {
         "trainer.gradient_checkpointing=true": replace(job, checkpointing=True),
         "trainer.batch_size=1": replace(job, batch=1),
@@ -138,8 +160,9 @@ def refuse_too_large(shape: Any, config: Any) -> None:
     }
     after = {text: memory(shape, changed).peak / GIB for text, changed in changes.items()}
     helps = sorted((size, text) for text, size in after.items() if size < 0.99 * need)
-    fix = "Cheapest ways to fit: " + "; ".join(f"{text} ({size:.1f} GiB)" for size, text in helps) + "."
-    raise UserError(problem("trainer.memory_gib", wanted, f"{need:.1f} GiB", fix if helps else "Use a smaller model."))
+    if not helps:
+        return "Use a smaller model."
+    return "Cheapest ways to fit: " + "; ".join(f"{text} ({size:.1f} GiB)" for size, text in helps) + "."
 
 
 def _show_layers(coverage: Any, config: Any) -> None:

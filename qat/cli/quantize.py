@@ -28,8 +28,10 @@ def run(args: argparse.Namespace) -> int:
     check_free(Path(config.runs_dir) / config.name, config.overwrite)
 
     from qat import pipeline
+    from qat.cli.memory import memory_explained
 
-    folder = pipeline.run(config, to_yaml(config))
+    with memory_explained(config):
+        folder = pipeline.run(config, to_yaml(config))
     show(folder, config.export.format)
     return 0
 

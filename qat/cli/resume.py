@@ -58,9 +58,11 @@ def run(args: argparse.Namespace) -> int:
     join(config)
 
     from qat import pipeline
+    from qat.cli.memory import memory_explained
     from qat.progress import is_main
 
-    folder = pipeline.run(config, to_yaml(config), pipeline.Resume(args.force))
+    with memory_explained(config):
+        folder = pipeline.run(config, to_yaml(config), pipeline.Resume(args.force))
     if is_main():
         show(folder, config.export.format)
     return 0

@@ -9,6 +9,7 @@ one stops at once.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 from pathlib import Path
 
 from qat.errors import UserError, problem
@@ -27,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-body-mb", type=float, default=1.0, help="larger requests get 413 (default 1)")
     add("--body-seconds", type=float, default=30.0, help="slower requests get 408 (default 30)")
     add("--drain-seconds", type=float, default=30.0, help="time to finish at the end (default 30)")
-    add("--api-key", help="ask for this key as a Bearer token (default: none)")
+    add("--api-key", help="ask for this key as a Bearer token (default: none; needed with a --host others reach)")
     add("--backend", default="auto", help="auto (decode engine if it can), or cpu, dense, reference")
 
 
@@ -39,6 +40,9 @@ def run(args: argparse.Namespace) -> int:
         for name, low in least.items()
         if not (value := getattr(args, name)) >= low
     ]
+    if args.api_key is None and not is_this_machine(args.host):
+        fix = "Add --api-key=SECRET, or listen on 127.0.0.1 behind a proxy that asks."
+        problems.append(problem("--api-key", "must be given when other machines can ask", f"--host {args.host}", fix))
     if problems:
         raise UserError(*problems)
     try:
@@ -55,3 +59,11 @@ def run(args: argparse.Namespace) -> int:
         limits = Limits(args.queue, body_bytes, args.drain_seconds, args.api_key, args.body_seconds)
         run_server(model, sock, limits)
     return 0
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -41,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
     join(config)
 
     from qat import pipeline
+    from qat.cli.memory import memory_explained
 
-    folder = pipeline.run(config, resolved)
+    with memory_explained(config):
+        folder = pipeline.run(config, resolved)
     if is_main():
         show(folder, config.export.format)
     return 0

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from qat import ranks, signals
 from qat.checkpoints import Checkpoint, Checkpoints
+from qat.memory import peak_gib
 from qat.metrics import Metrics
 from qat.nn.quant import quantized_weights, weight_health
 from qat.progress import say
 from qat.train.module import CausalLMModule
 from qat.train.sharding import tables_gathered
 from qat.train.state import capture, restore
+
+RISE, RISING_STEPS = 2.0, 3  # a loss that many times its first, so many steps in a row, is worth a word
 
 
 class MetricsCallback(L.Callback):
@@ -33,10 +36,13 @@ class MetricsCallback(L.Callback):
         self._codes: dict[str, Tensor] = {}
         self._first_scale: dict[str, Tensor] = {}
         self._lr = 0.0
+        self._first_loss: float | None = None
+        self._above = 0
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a checkpoint keeps of this callback: numbers, and tensors by name."""
         numbers = {"tokens": self.tokens, "step_seconds": self.step_seconds, "phase": self._phase, "step": self._step}
+        numbers |= {"first_loss": self._first_loss, "above": self._above}
         tensors = {f"{name}.first": scale for name, scale in self._first_scale.items()}
         tensors |= {f"{name}.codes": codes for name, codes in self._codes.items()}
         return numbers, tensors
@@ -45,6 +51,7 @@ class MetricsCallback(L.Callback):
         """The other way round."""
         self.tokens, self.step_seconds = numbers["tokens"], list(numbers["step_seconds"])
         self._phase, self._step = numbers["phase"], numbers["step"]
+        self._first_loss, self._above = numbers.get("first_loss"), numbers.get("above", 0)
         for full, tensor in tensors.items():
             name, _, key = full.rpartition(".")
             (self._first_scale if key == "first" else self._codes)[name] = tensor
@@ -73,7 +80,8 @@ class MetricsCallback(L.Callback):
 
     def _write_train_line(self, module: CausalLMModule, step: int, seconds: float) -> None:
         phase = module.phase.name if module.phase else "float"
-        if phase != self._phase:
+        is_new = phase != self._phase
+        if is_new:
             self.metrics.write("phase", step, phase=phase)
             self._phase = phase
         # Lightning divides the loss it returns by the accumulation count; our parts are per batch
@@ -81,6 +89,8 @@ class MetricsCallback(L.Callback):
         mean = dict(zip(("ce", "kl"), ranks.reduced(own, "mean").tolist(), strict=True))
         weights = module.loss_weights
         loss = weights.ce * mean["ce"] + weights.kl * mean["kl"]
+        if module.phase and module.phase.quantizing:
+            self._watch(step, loss, is_new)
         rate = self._tokens / seconds
         self.advance(f"loss {loss:.4f}  {rate:.0f} tok/s  {phase}")
         if step % self.log_every == 0:
@@ -95,8 +105,20 @@ class MetricsCallback(L.Callback):
                 lr=self._lr,
                 grad_norm=norm,
                 tokens_per_second=rate,
-                memory_gib=peak_memory_gib(),
+                memory_gib=peak_gib(),
             )
+
+    def _watch(self, step: int, loss: float, is_new: bool) -> None:
+        """Say, once in a phase that quantizes, that its loss stays above twice what it began with."""
+        if is_new:
+            self._first_loss, self._above = loss, 0
+        rose = self._first_loss is not None and loss > RISE * self._first_loss
+        self._above = self._above + 1 if rose else 0
+        if self._above == RISING_STEPS:
+            fix = "Lower optim.lr, or delay fake quantization with phases=delayed."
+            grew = f"the loss is {loss:.3g}, in the first step of this phase it was {self._first_loss:.3g}"
+            say(f"warning: step {step} ({self._phase}): {grew}. {fix}")
+            self._first_loss = None
 
     def _layer_lines(self, module: CausalLMModule) -> dict[str, dict[str, float | None]]:
         lines = {}
@@ -175,12 +197,3 @@ class CheckpointCallback(L.Callback):
             watched, seen = self.watcher.state()
             pieces, facts = capture(trainer, pl_module.student, seen)
             self.checkpoints.save(step, pieces, facts | {"watcher": watched, "windows": self._windows})
-
-
-def peak_memory_gib() -> float:
-    """Peak resident memory of this process, or of the GPU when there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qat.fake_quant import FakeQuantize, Phase
 from qat.nn.quant import input_fake_quants, quantized_weights
+from qat.train.calibrate import adopt_inputs
 
 ACTIONS = ("observe", "fake_quantize", "freeze_scales", "bits", "freeze_codes")
 
@@ -88,10 +89,11 @@ def apply_phase(model: nn.Module, state: PhaseState) -> None:
             fake_quant.freeze(weight)
         if state.codes_frozen and not before.codes_frozen:
             fake_quant.freeze_codes(weight)
-    for _, fake_quant in input_fake_quants(model):
+    inputs = list(input_fake_quants(model))
+    if not state.observing:
+        adopt_inputs([(name, fq) for name, fq in inputs if fq.now.observing and fq.observer and not fq.now.frozen])
+    for _, fake_quant in inputs:
         frozen = fake_quant.now.frozen
-        if fake_quant.now.observing and not state.observing and fake_quant.observer is not None and not frozen:
-            fake_quant.adopt_observed()
         fake_quant.set_phase(Phase(state.observing, state.quantizing, frozen, fake_quant.spec.bits))
         if state.frozen and not frozen:
             fake_quant.freeze(None)

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process instead of giving it back to the kernel at every step.
+"""The memory of this process: its peak, and keeping what is freed instead of giving it back at every step.
 
 A training step on a CPU frees and asks again for gigabytes of large tensors. By default glibc maps and unmaps each of
 them, and the kernel zeroes every page anew: at 1024 tokens of SmolLM2-135M that was a quarter of the step
@@ -8,6 +8,7 @@ them, and the kernel zeroes every page anew: at 1024 tokens of SmolLM2-135M that
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -18,6 +19,12 @@ def keep_freed_memory() -> bool:
     """Tell glibc's malloc to reuse large blocks; False where there is no such malloc."""
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST_INT), (M_TOP_PAD, 256 << 20))
     return {_glibc("mallopt", name, value) for name, value in settings} == {1}
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, else in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def return_freed_memory() -> None:

@@ -21,8 +21,12 @@ def keep_freed_memory() -> bool:
     return {_glibc("mallopt", name, value) for name, value in settings} == {1}
 
 
-def peak_gib() -> float:
-    """The most memory that this process has held so far, in GiB."""
+def peak_memory_gib() -> float:
+    """The most memory that this process has held so far, or of the GPU when there is one, in GiB."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, else in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

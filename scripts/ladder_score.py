@@ -26,7 +26,7 @@ from qat.config import FakeQuantConfig, RunConfig
 from qat.data import GRAM, TextWindows, fingerprint, load_windows, overlap
 from qat.errors import UserError
 from qat.evaluate.perplexity import score
-from qat.memory import peak_gib, return_freed_memory
+from qat.memory import peak_memory_gib, return_freed_memory
 from qat.serve.load import read_export, serve
 from qat.stage_config import StagesConfig
 from qat.train.calibrate import calibrate
@@ -122,7 +122,7 @@ def main() -> None:
     build.use_machine(config)
     others = dict(text.split("=", 1) for text in args.text)
     for line in scored(config, args.run, args.models.split(","), others):
-        print(json.dumps(line | {"peak_memory_gib": round(peak_gib(), 2)}), flush=True)
+        print(json.dumps(line | {"peak_memory_gib": round(peak_memory_gib(), 2)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from qat.report.ladder import ladder_table
 from qat.report.table import bench_table, decode_table, kv_table, markdown_table, ops_table, summary_table
 
 
@@ -24,6 +25,7 @@ def make_blocks(folder: Path) -> dict[str, dict[str, str]]:
         "bench_decode_llama-3.2-1b": decode_table,
         "bench_kv": kv_table,
         "bench_ops": ops_table,
+        "ladder": ladder_table,
     }
     bench = {
         name: make(found[f"{name}.json"]) if f"{name}.json" in found else "Not measured yet.\n"

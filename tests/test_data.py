@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat.config import DataConfig
-from qat.data import load_windows, pack, window_order
+from qat.data import GRAM, load_windows, overlap, pack, window_order
 from qat.errors import UserError
 
 BLOCK = 32
@@ -77,7 +77,22 @@ def test_eval_path_leaves_all_of_path_for_training(tiny_text, tiny_jsonl, tmp_pa
 
 def test_warning_counts_held_out_documents_that_are_also_trained_on(tiny_text, tiny_tokenizer):
     windows = load_windows(config(tiny_text, eval_path=str(tiny_text)), tiny_tokenizer)
-    assert windows.warnings == ("40 of 40 held-out documents also stand in the training text, word for word",)
+    assert windows.overlap == 1.0
+    assert windows.warnings == (
+        "40 of 40 held-out documents also stand in the training text, word for word",
+        "100.0% of the held-out runs of 13 tokens also stand in the training text",
+    )
+
+
+def test_overlap_finds_copied_runs_wherever_they_stand_in_a_window():
+    generator = torch.Generator().manual_seed(0)
+    train, evaluation = (torch.randint(0, 500, (n, BLOCK), generator=generator) for n in (40, 4))
+    assert overlap(train, evaluation) == 0.0
+    evaluation[1, 3:19] = train[-1, 11:27]  # 16 tokens hold 4 runs of 13
+    assert overlap(train, evaluation) == 4 / (4 * (BLOCK - GRAM + 1))
+    assert overlap(train, train[7:8]) == 1.0
+    short = torch.arange(16).view(2, 8)  # windows shorter than a run are compared whole
+    assert overlap(short, short[1:]) == 1.0 and overlap(short[:1], short[1:]) == 0.0
 
 
 def test_warning_counts_blank_rows(tmp_path, tiny_tokenizer):

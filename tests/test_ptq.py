@@ -138,6 +138,19 @@ def test_scales_alone_leave_the_weights(learned, text):
             assert not torch.equal(target.module.weight_fake_quant.scale, other.scale)
 
 
+def test_compensated_weights_are_off_the_grid_and_round_to_the_codes_of_gptq(learned, text):
+    rounded, _ = quantized(learned, text, "gptq")
+    model, _ = quantized(learned, text, "gptq", keep="compensated")
+    for ours, theirs, fresh in zip(find_blocks(model), find_blocks(rounded), learned.model.layers, strict=True):
+        for name, target in ours.targets.items():
+            weight, wanted = target.weight(), theirs.targets[name].weight()
+            fake_quant = target.module.weight_fake_quant
+            assert torch.equal(fake_quant.scale, theirs.targets[name].module.weight_fake_quant.scale)
+            assert torch.equal(grid.fake_quantize(weight, fake_quant.qparams(weight), target.spec, torch.float32), wanted)
+            assert not torch.equal(weight, wanted)
+            assert not torch.equal(weight, fresh.get_submodule(name.removeprefix(f"{ours.name}.")).weight)
+
+
 def test_scaling_of_awq_changes_nothing_in_float(learned, text):
     model, _ = quantized(learned, text, "awq")
     for block in find_blocks(model):

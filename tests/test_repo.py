@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sensitivity": {"errors", "progress", "paths", "scheme", "grid", "observers", "insert", "models"},
     "serve": {"errors", "config", "progress", "kernels", "nn", "formats", "models"},
     "checkpoints": {"errors", "ranks", "paths"},
-    "train": named("errors ranks signals progress metrics fake_quant nn models data checkpoints"),
+    "train": named("errors ranks signals progress memory metrics fake_quant nn models data checkpoints"),
     "checkpoint": {"errors", "paths", "checkpoints"},
     "run_folder": {"errors", "progress", "paths", "config"},
     "cluster": {"errors", "paths", "config"},

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qat import ranks, signals
 from qat.checkpoints import Checkpoint, Checkpoints
+from qat.memory import peak_memory_gib
 from qat.metrics import Metrics
 from qat.nn.quant import quantized_weights, weight_health
 from qat.progress import say
@@ -126,12 +127,17 @@ class ValidationCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._done = trainer.global_step
+        if self._done == 0:  # the start, which the end is compared with
+            self._validate(pl_module, 0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step == self._done or step % self.every:
             return
         self._done = step
+        self._validate(pl_module, step)
+
+    def _validate(self, pl_module: Any, step: int) -> None:
         pl_module.student.eval()
         with tables_gathered(pl_module.student_loss):
             perplexity = self.score(pl_module.student)
@@ -175,12 +181,3 @@ class CheckpointCallback(L.Callback):
             watched, seen = self.watcher.state()
             pieces, facts = capture(trainer, pl_module.student, seen)
             self.checkpoints.save(step, pieces, facts | {"watcher": watched, "windows": self._windows})
-
-
-def peak_memory_gib() -> float:
-    """Peak resident memory of this process, or of the GPU when there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

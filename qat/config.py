@@ -260,7 +260,7 @@ class EvaluateConfig:
     baselines: bool = True
     """Also score the float model, the float control, and round-to-nearest of both."""
     controls: str | None = None
-    """Folder that keeps trained float controls, each under a hash of all that makes it, for runs to share; or the run."""
+    """Folder where runs share trained float controls, each under a hash of all that makes it; None keeps it in the run."""
     batch_size: int = 4
     """Windows per forward pass."""
     precision: str = "bf16"

@@ -57,8 +57,8 @@ class Entry(NamedTuple):
 class TextWindows:
     """Token ids, int64: `train` [n, block] and `evaluation` [m, block].
 
-    `eval_tokens` counts the scored ones, m * (block - 1). `overlap` is told by the function of that name, `warnings` are
-    lines the user must see.
+    `eval_tokens` counts the scored ones, m * (block - 1). `overlap` is told by the function of that name,
+    `warnings` are lines the user must see.
     """
 
     train: Tensor

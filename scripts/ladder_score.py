@@ -1,6 +1,6 @@
 """Score what belongs to one finished run on several held-out texts, all by one function, against the float model.
 
-    python scripts/ladder_score.py RUN --models float,control,rtn,rtn_mse,gptq,awq,packed --text play=play --text code=code
+    python scripts/ladder_score.py RUN --models float,rtn,gptq,packed --text play=play --text code=code
 
 The run's own held-out text comes first; --text NAME=OVERRIDES are others, by overrides of the group data. Baselines are
 those of the control (the float model where the run has no control), quantized by the run's plan, calibrated on its

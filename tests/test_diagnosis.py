@@ -12,7 +12,9 @@ from qat.report.record import RunRecord
 
 def record(validation: list[float], packed: float = 30.0, rtn: float = 40.0, flip: float = 0.01, drift: float = 0.1):
     results = {"perplexity": {"float": 20.0, "control": 20.0, "rtn_of_control": rtn, "packed": packed}}
-    layers = [{"step": s, "layers": {"a": {"flip_rate": flip if s else None, "scale_drift": drift}}} for s in (0, 9, 19)]
+    layers = [
+        {"step": s, "layers": {"a": {"flip_rate": flip if s else None, "scale_drift": drift}}} for s in (0, 9, 19)
+    ]
     return RunRecord(
         Path(),
         results=results,

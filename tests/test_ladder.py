@@ -45,11 +45,17 @@ def make(tmp_path_factory, tiny_model_dir, tiny_text):
     def score(self, run, names):
         given.append(f"score {' '.join(names)}")
         ladder_score, others = script("ladder_score"), dict(text.split("=", 1) for text in self.texts)
-        yield from json.loads(json.dumps(list(ladder_score.scored(ladder.from_yaml(run / "resolved.yaml"), run, names, others))))
+        yield from json.loads(
+            json.dumps(list(ladder_score.scored(ladder.from_yaml(run / "resolved.yaml"), run, names, others)))
+        )
 
     tiny = [f"model.path={tiny_model_dir}", "data=text", f"data.path={tiny_text}", "data.block_size=32"]
     tiny += ["data.eval_tokens=200", "trainer.max_steps=2", "trainer.precision=fp32", "evaluate.precision=fp32"]
-    files = [f"--runs={folder / 'runs'}", f"--output={folder / 'ladder.json'}", f"--text=more=text data.path={tiny_text}"]
+    files = [
+        f"--runs={folder / 'runs'}",
+        f"--output={folder / 'ladder.json'}",
+        f"--text=more=text data.path={tiny_text}",
+    ]
 
     def make(*words: str, overrides: tuple[str, ...] = (f"evaluate.controls={folder / 'controls'}",)):
         given.clear()

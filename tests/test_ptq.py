@@ -146,7 +146,9 @@ def test_compensated_weights_are_off_the_grid_and_round_to_the_codes_of_gptq(lea
             weight, wanted = target.weight(), theirs.targets[name].weight()
             fake_quant = target.module.weight_fake_quant
             assert torch.equal(fake_quant.scale, theirs.targets[name].module.weight_fake_quant.scale)
-            assert torch.equal(grid.fake_quantize(weight, fake_quant.qparams(weight), target.spec, torch.float32), wanted)
+            assert torch.equal(
+                grid.fake_quantize(weight, fake_quant.qparams(weight), target.spec, torch.float32), wanted
+            )
             assert not torch.equal(weight, wanted)
             assert not torch.equal(weight, fresh.get_submodule(name.removeprefix(f"{ours.name}.")).weight)
 

@@ -91,9 +91,7 @@ def factorize(hessian: Tensor, damping: float, act_order: bool, where: str) -> t
     raise UserError(problem(where, "Hessian must be positive definite", given, fix), before_work=False)
 
 
-def solve(
-    weight: Tensor, qparams: QParams, spec: QuantSpec, order: Tensor, factor: Tensor
-) -> tuple[Tensor, Tensor]:
+def solve(weight: Tensor, qparams: QParams, spec: QuantSpec, order: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """The rounded weight [N, K] for weight [N, K], its grid [N, G] and `factorize`'s order and factor; and each column
     [N, K] as it was when it was rounded."""
     columns = weight.t()[order].contiguous()  # [K, N]: a column is one run of memory

@@ -51,9 +51,13 @@ def _rate(record: RunRecord) -> list[str]:
         return []
     rate, share = max(rates), fmean(flips)
     if share > MANY_FLIPS:
-        return [f"Sign: {share:.1%} of the codes changed between two looks, at a peak rate of {rate:g}: lower optim.lr."]
+        return [
+            f"Sign: {share:.1%} of the codes changed between two looks, at a peak rate of {rate:g}: lower optim.lr."
+        ]
     if share < FEW_FLIPS:
-        text = f"Sign: only {share:.4%} of the codes changed between two looks, at a peak rate of {rate:g}: raise optim.lr"
+        text = (
+            f"Sign: only {share:.4%} of the codes changed between two looks, at a peak rate of {rate:g}: raise optim.lr"
+        )
         lost = re.search(r"^  precision: bf16-true", record.config or "", re.MULTILINE)
         return [f"{text}, and keep float32 weights: bf16 ones lose small updates." if lost else f"{text}."]
     return []
@@ -75,7 +79,9 @@ def _overfitting(record: RunRecord) -> list[str]:
     if fmean(losses[-quarter:]) >= fmean(losses[:quarter]):
         return []
     best = perplexity_text(min(values))
-    return [f"Sign: validation fell to {best} and rose to {perplexity_text(values[-1])} while the loss fell: more text."]
+    return [
+        f"Sign: validation fell to {best} and rose to {perplexity_text(values[-1])} while the loss fell: more text."
+    ]
 
 
 def _text(record: RunRecord) -> list[str]:
@@ -83,7 +89,9 @@ def _text(record: RunRecord) -> list[str]:
     lines = [f"Sign: {note}." for note in results.get("notes") or [] if "was seen" in str(note)]
     share = (results.get("overlap") or {}).get("share")
     if is_number(share) and share > OVERLAP:
-        lines.append(f"Sign: {share:.1%} of the held-out runs of tokens stand in the training text; numbers flatter it.")
+        lines.append(
+            f"Sign: {share:.1%} of the held-out runs of tokens stand in the training text; numbers flatter it."
+        )
     return lines
 
 

@@ -19,7 +19,7 @@ SETTINGS = {
     "adapt": "Adapt: cross entropy on the text; the control is the float model fine-tuned on the same tokens",
 }
 LEAST_GAP = 1e-3  # of ln perplexity; a smaller loss by rounding leaves nothing to recover but noise
-# rung -> what the packed model must reach on text of the training kind: least recovery, or most perplexity of the control
+# rung -> what the packed model must reach on text of the training kind: recovery, or a multiple of the control
 LEAST_RECOVERY = {"w4a16_g32": 0.75, "w4a16_g64": 0.75, "w4a16_row": 0.85, "w3a16_g64": 0.90}
 MOST_OF_CONTROL = {"w8a8": 1.003, "w2a16_g32": 2.5, "kv8": 1.001, "kv4": 1.025}
 # rung -> another whose packed perplexity, times the number, it must not exceed
@@ -82,7 +82,11 @@ def ladder_table(ladder: dict[str, Any]) -> str:
     rows = list(ladder["rungs"].values())
     parts = []
     lost = [line for row in rows for line in problems_of(row)]
-    missed = [f"`{r['rung']}` ({r['setting']}, seed {r['seed']}): {goal(r, rows)[0]} is missed." for r in rows if goal(r, rows)[1] is False]
+    missed = [
+        f"`{r['rung']}` ({r['setting']}, seed {r['seed']}): {goal(r, rows)[0]} is missed."
+        for r in rows
+        if goal(r, rows)[1] is False
+    ]
     if lost or missed:
         parts.append("".join(f"- {line}\n" for line in [*lost, *missed]))
     for setting, title in SETTINGS.items():

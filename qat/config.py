@@ -260,7 +260,7 @@ class EvaluateConfig:
     baselines: bool = True
     """Also score the float model, the float control, and round-to-nearest of both."""
     controls: str | None = None
-    """Folder where runs share trained float controls, each under a hash of all that makes it; None keeps it in the run."""
+    """Folder in which runs share trained float controls, each named by a hash of all that makes it; None is the run."""
     batch_size: int = 4
     """Windows per forward pass."""
     precision: str = "bf16"

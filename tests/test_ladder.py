@@ -34,7 +34,7 @@ MODELS = {"float", "packed", *ladder.BASELINES}
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory, tiny_model_dir, tiny_text):
-    """`make(words...)` -> the exit code of the ladder with its results file and the commands it gave, in this process."""
+    """`make(words...)` -> the ladder's exit code, its results and the commands it gave, all in this process."""
     folder = tmp_path_factory.mktemp("ladder")
     given: list[str] = []
 
@@ -80,7 +80,7 @@ def done(make):
 
 
 def test_rung_is_trained_and_scored_on_both_texts(done):
-    results, recover, adapt = done
+    results, recover, _ = done
     row = results["rungs"]["ladder_w4a16_g32_recover_seed0"]
     assert recover[:2] == ["train", "score float packed rtn rtn_mse gptq awq"]
     assert set(row["models"]) == MODELS and row["missing"] == []
@@ -153,19 +153,29 @@ def test_time_that_is_over_stops_before_the_next_rung(done, tmp_path, monkeypatc
 
 
 def test_process_is_asked_to_stop_when_the_time_is_over(tmp_path):
-    code = f"import signal,sys,time; signal.signal(15, lambda *a: (open(r'{tmp_path / 'saved'}','w'), sys.exit(75))); time.sleep(30)"
+    saved = tmp_path / "saved"
+    end = f"lambda *a: (open({str(saved)!r}, 'w'), sys.exit(75))"
+    code = f"import signal, sys, time; signal.signal(signal.SIGTERM, {end}); time.sleep(30)"
     started = time.monotonic()
     slow = ladder.Ladder(tmp_path / "x.json", tmp_path, [], [], started + 1.0)
     with pytest.raises(ladder.Stopped):
         slow.process([sys.executable, "-c", code])
-    assert (tmp_path / "saved").is_file() and time.monotonic() - started < 10
+    assert saved.is_file() and time.monotonic() - started < 10
 
 
 def row(rung: str, packed: float, **others: float) -> dict:
     models = {"float": 20.0, "packed": packed, "rtn": 40.0} | others
     return {
-        **{"rung": rung, "setting": "recover", "seed": 0, "control_is_float": True, "bits_per_weight": 5.0},
-        **{"fake_quant": packed, "tokens": 1000, "minutes": 1.0, "training_minutes": 0.5, "peak_memory_gib": 2.0},
+        "rung": rung,
+        "setting": "recover",
+        "seed": 0,
+        "control_is_float": True,
+        "bits_per_weight": 5.0,
+        "fake_quant": packed,
+        "tokens": 1000,
+        "minutes": 1.0,
+        "training_minutes": 0.5,
+        "peak_memory_gib": 2.0,
         "models": {name: {"texts": {"own": {"perplexity": value, "kl": 0.1}}} for name, value in models.items()},
     }
 

@@ -6,7 +6,7 @@
 
 A rung is `qat train recipe=...` and then scripts/ladder_score.py on its run, each in a process of its own. What stands
 in docs/results/ladder.json for the same resolved configuration is not done again; a run that was stopped is resumed;
-after each model scored the file is replaced whole. `scripts/make_tables.py` makes the tables of recipes/README.md of it.
+after each model scored the file is replaced whole. `scripts/make_tables.py` makes the tables of recipes/README.md.
 Further key=value words hold for all rungs.
 """
 

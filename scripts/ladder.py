@@ -144,7 +144,8 @@ class Ladder:
                 self.results["texts"] |= line["texts"]
                 self.results["protocol"] = result["protocol"]
                 continue
-            models[line.pop("model")] = line | {"key": keys[line["model"]]}
+            name = line.pop("model")
+            models[name] = line | {"key": keys[name]}
             self.keep(job, row, models, names)
 
     def keep(self, job: Job, row: dict[str, Any], models: dict[str, Any], names: list[str]) -> None:

@@ -29,6 +29,7 @@ def script(name: str):
 
 
 ladder = script("ladder")
+PROCESS = ladder.Ladder.process
 MODELS = {"float", "packed", *ladder.BASELINES}
 
 
@@ -159,7 +160,7 @@ def test_process_is_asked_to_stop_when_the_time_is_over(tmp_path):
     started = time.monotonic()
     slow = ladder.Ladder(tmp_path / "x.json", tmp_path, [], [], started + 1.0)
     with pytest.raises(ladder.Stopped):
-        slow.process([sys.executable, "-c", code])
+        PROCESS(slow, [sys.executable, "-c", code])
     assert saved.is_file() and time.monotonic() - started < 10
 
 

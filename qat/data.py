@@ -119,7 +119,7 @@ def overlap(train: Tensor, evaluation: Tensor) -> float:
     seen = torch.zeros_like(held_out, dtype=torch.bool)
     for part in train.split(4096):
         seen |= torch.isin(held_out, hashes(part))
-    return float(seen.float().mean())
+    return float(seen.double().mean())
 
 
 def window_order(count: int, seed: int, epoch: int) -> Tensor:

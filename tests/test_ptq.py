@@ -204,7 +204,7 @@ def test_gptq_equals_a_plain_transcription_of_the_formula(act_order):
     x, weight = torch.randn(200, 24) @ torch.randn(24, 24), torch.randn(5, 24)
     hessian, grid_spec = x.t() @ x / 100, spec()
     qparams = from_extremes(weight, grid_spec)
-    found = gptq.solve(weight, qparams, grid_spec, *gptq.factorize(hessian, 0.01, act_order, "w"))
+    found = gptq.solve(weight, qparams, grid_spec, *gptq.factorize(hessian, 0.01, act_order, "w"))[0]
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(24)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(24)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order])).mT.float()
@@ -226,7 +226,7 @@ def test_gptq_rounds_a_dead_column_to_nearest(capsys):
     x, weight = torch.randn(100, 16), torch.randn(4, 16)
     x[:, 3] = 0
     qparams = from_extremes(weight, spec())
-    found = gptq.solve(weight, qparams, spec(), *gptq.factorize(x.t() @ x, 0.01, True, "layer"))
+    found = gptq.solve(weight, qparams, spec(), *gptq.factorize(x.t() @ x, 0.01, True, "layer"))[0]
     assert torch.equal(found[:, 3], grid.fake_quantize(weight, qparams, spec(), torch.float32)[:, 3])
     assert "layer: 1 of 16 inputs are always 0" in capsys.readouterr().err
 
@@ -235,7 +235,7 @@ def test_gptq_takes_a_hessian_of_low_rank():
     torch.manual_seed(0)
     x, weight = torch.randn(3, 16), torch.randn(4, 16)
     hessian, qparams = x.t() @ x, from_extremes(weight, spec())
-    found = gptq.solve(weight, qparams, spec(), *gptq.factorize(hessian, 0.01, True, "layer"))
+    found = gptq.solve(weight, qparams, spec(), *gptq.factorize(hessian, 0.01, True, "layer"))[0]
     rtn = grid.fake_quantize(weight, qparams, spec(), torch.float32)
     assert output_error(found, weight, hessian) < output_error(rtn, weight, hessian)
 

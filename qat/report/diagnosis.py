@@ -64,8 +64,8 @@ def _rate(record: RunRecord) -> list[str]:
 
 
 def _scales(record: RunRecord) -> list[str]:
-    drift = _layers(record, "scale_drift")
-    if drift and drift[-1] is not None and drift[-1] > FAR_SCALES:
+    drift = [value for value in _layers(record, "scale_drift") if value is not None]
+    if drift and drift[-1] > FAR_SCALES:
         return [f"Sign: scales ended {drift[-1]:.0%} from where they began: lower optim.scale_lr."]
     return []
 
@@ -73,8 +73,8 @@ def _scales(record: RunRecord) -> list[str]:
 def _overfitting(record: RunRecord) -> list[str]:
     _, values = record.series("validation", "perplexity")
     _, losses = record.series("train", "loss")
-    if len(values) < 3 or len(losses) < 8 or values[-1] <= ROSE * min(values):
-        return []
+    if len(values) < 3 or len(losses) < 8 or values[-1] <= ROSE * min(values) or values[0] == min(values):
+        return []  # what never fell cannot have risen again
     quarter = len(losses) // 4
     if fmean(losses[-quarter:]) >= fmean(losses[:quarter]):
         return []
@@ -87,8 +87,8 @@ def _overfitting(record: RunRecord) -> list[str]:
 def _text(record: RunRecord) -> list[str]:
     results = record.results or {}
     lines = [f"Sign: {note}." for note in results.get("notes") or [] if "was seen" in str(note)]
-    share = (results.get("overlap") or {}).get("share")
-    if is_number(share) and share > OVERLAP:
+    share = (results.get("overlap") or {}).get("share") or 0.0
+    if share > OVERLAP:
         lines.append(
             f"Sign: {share:.1%} of the held-out runs of tokens stand in the training text; numbers flatter it."
         )

@@ -62,7 +62,7 @@ class Job:
 
 
 class Stopped(Exception):
-    """The time is over."""
+    """The time is over, or a run was asked to stop."""
 
 
 def jobs(settings: list[str], only: list[str], seeds: list[int]) -> list[Job]:
@@ -127,7 +127,7 @@ class Ladder:
         """Train and score one rung, or what is left of it.
 
         Raises:
-            Stopped: the time is over; what was done is kept.
+            Stopped: the time is over, or the run was asked to stop; what was done is kept.
             subprocess.CalledProcessError: the run or the scoring failed.
         """
         run, config = self.runs / job.name, self.config(job)
@@ -190,6 +190,8 @@ class Ladder:
                 process.terminate()
                 process.wait()
                 raise Stopped from None
+        if process.returncode in (75, 130):  # asked to stop, from outside; saved
+            raise Stopped
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
 
@@ -248,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             ladder.do(job)
         except Stopped:
-            print("time is over; the same command goes on from here")
+            print("stopped, or the time is over; the same command goes on from here")
             break
         except (subprocess.CalledProcessError, UserError) as error:
             failed.append(job.name)

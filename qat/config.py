@@ -141,7 +141,8 @@ class PtqConfig:
     method: str = "none"
     """none, rtn, rtn_mse, gptq or awq: how weights and scales are chosen before the first step."""
     keep: str = "weights"
-    """What training starts from: weights (the method's own, on its grid) or scales (its grid, the float weights)."""
+    """What training starts from: weights (the method's own, on its grid), scales (its grid, the float weights), or
+    compensated (gptq: its grid, the weights that round to its codes)."""
     windows: int = 128
     """Training windows that methods with calibration look at, drawn at random with the run's seed."""
     short_fraction: float = 0.5
@@ -260,6 +261,8 @@ class ClusterConfig:
 class EvaluateConfig:
     baselines: bool = True
     """Also score the float model, the float control, and round-to-nearest of both."""
+    controls: str | None = None
+    """Folder in which runs share trained float controls, each named by a hash of all that makes it; None is the run."""
     batch_size: int = 4
     """Windows per forward pass."""
     precision: str = "bf16"

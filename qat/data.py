@@ -42,6 +42,8 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 MESSAGE_FORM = '[{"role": "user", "content": "..."}, ...]'
 DOCUMENTS_PER_CALL = 1000
 PROBLEMS_SHOWN = 5
+GRAM = 13  # tokens; shorter runs recur in any prose
+OVERLAP_WARNED = 0.01
 
 
 class Entry(NamedTuple):
@@ -55,7 +57,8 @@ class Entry(NamedTuple):
 class TextWindows:
     """Token ids, int64: `train` [n, block] and `evaluation` [m, block].
 
-    `eval_tokens` counts the scored ones, m * (block - 1). `warnings` are lines the user must see.
+    `eval_tokens` counts the scored ones, m * (block - 1). `overlap` is told by the function of that name,
+    `warnings` are lines the user must see.
     """
 
     train: Tensor
@@ -63,6 +66,7 @@ class TextWindows:
     train_documents: int
     eval_documents: int
     eval_tokens: int
+    overlap: float
     warnings: tuple[str, ...]
 
 
@@ -92,9 +96,30 @@ def load_windows(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Text
             fix = "Give more text, a smaller data.block_size, or another data.eval_fraction."
             wanted = f"{name} text must fill one window of {config.block_size} tokens"
             raise UserError(problem(str(where), wanted, got, fix))
-    warnings = tuple(_warnings(texts, held_out, blank))
+    share = overlap(train, evaluation)
+    warnings = tuple(_warnings(texts, held_out, blank, share))
     scored = len(evaluation) * (config.block_size - 1)
-    return TextWindows(train, evaluation, len(texts), len(held_out), scored, warnings)
+    return TextWindows(train, evaluation, len(texts), len(held_out), scored, share, warnings)
+
+
+def overlap(train: Tensor, evaluation: Tensor) -> float:
+    """Share of the runs of GRAM tokens inside evaluation windows [m, block] that some training window [n, block] holds.
+
+    Compared by 64-bit hashes, 4096 training windows at a time.
+    """
+
+    def hashes(windows: Tensor) -> Tensor:
+        length = min(GRAM, windows.shape[1])
+        total = torch.zeros_like(windows[:, length - 1 :])
+        for i in range(length):
+            total = total * 6364136223846793005 + windows[:, i : i + total.shape[1]] + 1
+        return total.flatten()
+
+    held_out = hashes(evaluation)
+    seen = torch.zeros_like(held_out, dtype=torch.bool)
+    for part in train.split(4096):
+        seen |= torch.isin(held_out, hashes(part))
+    return float(seen.double().mean())
 
 
 def window_order(count: int, seed: int, epoch: int) -> Tensor:
@@ -314,13 +339,15 @@ def _check(config: DataConfig) -> None:
         raise UserError(*problems)
 
 
-def _warnings(train: list[str], held_out: list[str], blank: int) -> Iterable[str]:
+def _warnings(train: list[str], held_out: list[str], blank: int, share: float) -> Iterable[str]:
     if blank:
         yield f"{blank} blank documents left out"
     seen = set(train)
     both = sum(text in seen for text in held_out)
     if both:
         yield f"{both} of {len(held_out)} held-out documents also stand in the training text, word for word"
+    if share > OVERLAP_WARNED:
+        yield f"{share:.1%} of the held-out runs of {GRAM} tokens also stand in the training text"
 
 
 def _is_conversation(messages: Any) -> bool:

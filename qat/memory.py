@@ -8,6 +8,7 @@ them, and the kernel zeroes every page anew: at 1024 tokens of SmolLM2-135M that
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -20,20 +21,19 @@ def keep_freed_memory() -> bool:
     return {_glibc("mallopt", name, value) for name, value in settings} == {1}
 
 
-def return_freed_memory() -> None:
-    """Give back to the kernel what is free, before another process needs it."""
-    _glibc("malloc_trim", 0)
-
-
-def peak_gib() -> float:
-    """Peak resident memory of this process, or of the GPU when there is one."""
+def peak_memory_gib() -> float:
+    """The most memory that this process has held so far, or of the GPU when there is one, in GiB."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, else in kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+def return_freed_memory() -> None:
+    """Give back to the kernel what is free, before another process needs it."""
+    _glibc("malloc_trim", 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,12 +26,12 @@ from torch import nn
 from qat import build, checkpoint, ranks, signals, stages
 from qat.config import RunConfig
 from qat.convert import digests, pack_model
-from qat.data import TextWindows, fingerprint, load_windows
+from qat.data import GRAM, TextWindows, fingerprint, load_windows
 from qat.errors import UserError, problem
 from qat.evaluate.perplexity import Score, recovery, score
 from qat.export import write_export
 from qat.insert import Coverage
-from qat.memory import return_freed_memory
+from qat.memory import peak_memory_gib, return_freed_memory
 from qat.paths import write_json_atomic
 from qat.progress import is_main, say
 from qat.run_folder import RunFolder
@@ -256,6 +256,8 @@ def _results(
             "stages": [sum(stage["step_seconds"]) for stage in train.stages],
         },
         "tokens_per_second": train.tokens / sum(took) if took else None,
+        "peak_memory_gib": peak_memory_gib(),
+        "overlap": {"tokens": GRAM, "share": windows.overlap},
         "protocol": PROTOCOL.format(
             block=block, tokens=scores["fake_quant"].tokens, precision=config.evaluate.precision
         ),

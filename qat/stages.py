@@ -10,6 +10,8 @@ steps from 0; metrics.jsonl counts them through.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -93,12 +95,32 @@ def begun(config: RunConfig, folder: RunFolder) -> bool:
 def train_control(
     config: RunConfig, folder: RunFolder, floating: nn.Module, teacher: nn.Module | None, windows: TextWindows
 ) -> nn.Module:
-    """The float model trained end to end as the student is: the same windows, in the same order, loss and optimizer."""
+    """The float model trained end to end as the student is: the same windows, in the same order, loss and optimizer.
+
+    Taken from evaluate.controls when an earlier run has left it there.
+    """
     places = [place for place, stage in enumerate(config.stages.schedule) if stage.kind == "end_to_end"]
     metrics = Metrics(folder.path / "control")
     checkpoints = folder.path / "control/checkpoints"
+    if config.evaluate.controls is not None:
+        checkpoints = Path(config.evaluate.controls) / control_key(config, folder.manifest["fingerprints"])
+    folder.record(control=str(checkpoints / "final"))
     work = _Work(config, places, checkpoints, teacher, floating, windows, metrics, "control", is_float=True)
     return _through(work, copy.deepcopy(floating)).model
+
+
+def control_key(config: RunConfig, fingerprints: dict[str, str]) -> str:
+    """A hash of all that determines the float control; `fingerprints` are those of its text and its model."""
+    numbers = ("precision", "max_steps", "batch_size", "accumulate", "devices", "nodes")
+    made_by = {
+        "fingerprints": fingerprints,
+        "seed": config.seed,
+        "trainer": {name: getattr(config.trainer, name) for name in numbers},
+        "optim": asdict(config.optim),
+        "distill": asdict(config.distill),
+        "stages": {i: asdict(s) for i, s in enumerate(config.stages.schedule) if s.kind == "end_to_end"},
+    }
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def compare_layers(model: Any, scheme: str, shown: Tensor) -> list[dict[str, Any
             row: dict[str, Any] = {"scheme": scheme, "layer": name}
             args = QuantizationArgs(**peer_grid(*SCHEMES[scheme]), actorder="static")
             for grid_name, qparams in grids.items():
-                row[f"ours, {grid_name}"] = loss(gptq.solve(weight, qparams, spec, order, factor)) / rtn
+                row[f"ours, {grid_name}"] = loss(gptq.solve(weight, qparams, spec, order, factor)[0]) / rtn
                 tensors = (weight.clone(), hessian.clone(), *qparams)
                 peer, _, _ = quantize_weight(*(tensor[None] for tensor in tensors), None, args)
                 row[f"peer, {grid_name}"] = loss(peer[0]) / rtn

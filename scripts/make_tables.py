@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from qat.report.ladder import ladder_table
 from qat.report.table import (
     bench_table,
     decode_table,
@@ -33,6 +34,7 @@ def make_blocks(folder: Path) -> dict[str, dict[str, str]]:
         "bench_kv": kv_table,
         "bench_ops": ops_table,
         "bench_overhead": overhead_table,
+        "ladder": ladder_table,
     }
     bench = {
         name: make(found[f"{name}.json"]) if f"{name}.json" in found else "Not measured yet.\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat.config import DataConfig
-from qat.data import load_windows, pack, window_order
+from qat.data import GRAM, load_windows, overlap, pack, window_order
 from qat.errors import UserError
 
 BLOCK = 32
@@ -34,7 +34,7 @@ def test_text_file_gives_a_document_per_paragraph_and_about_fifty_windows(tiny_t
     assert windows.train.dtype == torch.int64 and windows.train.shape[1] == BLOCK
     assert (windows.train_documents, windows.eval_documents) == (36, 4)
     assert 40 <= len(windows.train) <= 60
-    assert windows.warnings == ()
+    assert all("runs of 13 tokens" in line for line in windows.warnings)  # few letters a token: they recur
 
 
 def test_windows_are_the_documents_in_order_joined_by_eos(tiny_text, tiny_tokenizer):
@@ -77,14 +77,29 @@ def test_eval_path_leaves_all_of_path_for_training(tiny_text, tiny_jsonl, tmp_pa
 
 def test_warning_counts_held_out_documents_that_are_also_trained_on(tiny_text, tiny_tokenizer):
     windows = load_windows(config(tiny_text, eval_path=str(tiny_text)), tiny_tokenizer)
-    assert windows.warnings == ("40 of 40 held-out documents also stand in the training text, word for word",)
+    assert windows.overlap == 1.0
+    assert windows.warnings == (
+        "40 of 40 held-out documents also stand in the training text, word for word",
+        "100.0% of the held-out runs of 13 tokens also stand in the training text",
+    )
+
+
+def test_overlap_finds_copied_runs_wherever_they_stand_in_a_window():
+    generator = torch.Generator().manual_seed(0)
+    train, evaluation = (torch.randint(0, 500, (n, BLOCK), generator=generator) for n in (40, 4))
+    assert overlap(train, evaluation) == 0.0
+    evaluation[1, 3:19] = train[-1, 11:27]  # 16 tokens hold 4 runs of 13
+    assert overlap(train, evaluation) == 4 / (4 * (BLOCK - GRAM + 1))
+    assert overlap(train, train[7:8]) == 1.0
+    short = torch.arange(16).view(2, 8)  # windows shorter than a run are compared whole
+    assert overlap(short, short[1:]) == 1.0 and overlap(short[:1], short[1:]) == 0.0
 
 
 def test_warning_counts_blank_rows(tmp_path, tiny_tokenizer):
     file = write_rows(tmp_path, [{"text": " \n"}, *({"text": f"line {n} of some length"} for n in range(60)), ""])
     windows = load_windows(config(file, kind="jsonl"), tiny_tokenizer)
     assert windows.train_documents + windows.eval_documents == 60
-    assert windows.warnings == ("1 blank documents left out",)
+    assert windows.warnings[0] == "1 blank documents left out"
 
 
 def test_text_paragraphs_keep_their_indentation_and_lose_only_the_blank_lines(tmp_path, tiny_tokenizer):

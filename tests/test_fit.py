@@ -226,8 +226,8 @@ def test_validation_lines_are_written_every_so_many_steps_in_eval_mode(train):
         return 12.5
 
     result, lines = train(max_steps=5, eval_every=2, score=score, accumulate=2, batch_size=2)
-    assert [(line["step"], line["perplexity"]) for line in lines("validation")] == [(2, 12.5), (4, 12.5)]
-    assert modes == [False, False]
+    assert [(line["step"], line["perplexity"]) for line in lines("validation")] == [(0, 12.5), (2, 12.5), (4, 12.5)]
+    assert modes == [False, False, False]
     assert result.steps == 5
 
 

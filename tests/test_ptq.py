@@ -138,6 +138,21 @@ def test_scales_alone_leave_the_weights(learned, text):
             assert not torch.equal(target.module.weight_fake_quant.scale, other.scale)
 
 
+def test_compensated_weights_are_off_the_grid_and_round_to_the_codes_of_gptq(learned, text):
+    rounded, _ = quantized(learned, text, "gptq")
+    model, _ = quantized(learned, text, "gptq", keep="compensated")
+    for ours, theirs, fresh in zip(find_blocks(model), find_blocks(rounded), learned.model.layers, strict=True):
+        for name, target in ours.targets.items():
+            weight, wanted = target.weight(), theirs.targets[name].weight()
+            fake_quant = target.module.weight_fake_quant
+            assert torch.equal(fake_quant.scale, theirs.targets[name].module.weight_fake_quant.scale)
+            assert torch.equal(
+                grid.fake_quantize(weight, fake_quant.qparams(weight), target.spec, torch.float32), wanted
+            )
+            assert not torch.equal(weight, wanted)
+            assert not torch.equal(weight, fresh.get_submodule(name.removeprefix(f"{ours.name}.")).weight)
+
+
 def test_scaling_of_awq_changes_nothing_in_float(learned, text):
     model, _ = quantized(learned, text, "awq")
     for block in find_blocks(model):
@@ -189,7 +204,7 @@ def test_gptq_equals_a_plain_transcription_of_the_formula(act_order):
     x, weight = torch.randn(200, 24) @ torch.randn(24, 24), torch.randn(5, 24)
     hessian, grid_spec = x.t() @ x / 100, spec()
     qparams = from_extremes(weight, grid_spec)
-    found = gptq.solve(weight, qparams, grid_spec, *gptq.factorize(hessian, 0.01, act_order, "w"))
+    found = gptq.solve(weight, qparams, grid_spec, *gptq.factorize(hessian, 0.01, act_order, "w"))[0]
     order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(24)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(24)
     upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order])).mT.float()
@@ -211,7 +226,7 @@ def test_gptq_rounds_a_dead_column_to_nearest(capsys):
     x, weight = torch.randn(100, 16), torch.randn(4, 16)
     x[:, 3] = 0
     qparams = from_extremes(weight, spec())
-    found = gptq.solve(weight, qparams, spec(), *gptq.factorize(x.t() @ x, 0.01, True, "layer"))
+    found = gptq.solve(weight, qparams, spec(), *gptq.factorize(x.t() @ x, 0.01, True, "layer"))[0]
     assert torch.equal(found[:, 3], grid.fake_quantize(weight, qparams, spec(), torch.float32)[:, 3])
     assert "layer: 1 of 16 inputs are always 0" in capsys.readouterr().err
 
@@ -220,7 +235,7 @@ def test_gptq_takes_a_hessian_of_low_rank():
     torch.manual_seed(0)
     x, weight = torch.randn(3, 16), torch.randn(4, 16)
     hessian, qparams = x.t() @ x, from_extremes(weight, spec())
-    found = gptq.solve(weight, qparams, spec(), *gptq.factorize(hessian, 0.01, True, "layer"))
+    found = gptq.solve(weight, qparams, spec(), *gptq.factorize(hessian, 0.01, True, "layer"))[0]
     rtn = grid.fake_quantize(weight, qparams, spec(), torch.float32)
     assert output_error(found, weight, hessian) < output_error(rtn, weight, hessian)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @contextmanager
 def memory_explained(config: RunConfig) -> Iterator[None]:
     """Turn the many shapes of "out of memory" inside the block into one UserError; other errors pass."""
-    from qat.memory import is_out_of_memory, peak_gib
+    from qat.memory import is_out_of_memory, peak_memory_gib
 
     try:
         yield
@@ -32,6 +32,6 @@ def memory_explained(config: RunConfig) -> Iterator[None]:
         shape, job = shape_of(model.config.get_text_config(), coverage), job_of(config)
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         need = f"by estimate a process needs {memory(shape, job).peak / GIB:.2f} GiB"
-        got = f"{said} (peak {peak_gib():.2f} GiB; {need})"
+        got = f"{said} (peak {peak_memory_gib():.2f} GiB; {need})"
         fix = ways_to_fit(shape, job, config)
         raise UserError(problem("memory", "must be enough for the run", got, fix), before_work=False) from error

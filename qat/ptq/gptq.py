@@ -49,7 +49,8 @@ def quantize_block(block: Block, options: PtqOptions) -> None:
             target = block.targets[name]
             weight = target.weight()
             qparams = search(weight, target.spec)
-            target.put(solve(weight, qparams, target.spec, order, factor), qparams)
+            rounded, compensated = solve(weight, qparams, target.spec, order, factor)
+            target.put(compensated if options.keep == "compensated" else rounded, qparams)
             target.quantizing(True)
 
 
@@ -90,8 +91,9 @@ def factorize(hessian: Tensor, damping: float, act_order: bool, where: str) -> t
     raise UserError(problem(where, "Hessian must be positive definite", given, fix), before_work=False)
 
 
-def solve(weight: Tensor, qparams: QParams, spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
-    """The rounded weight [N, K] for weight [N, K], its grid [N, G] and `factorize`'s order and factor."""
+def solve(weight: Tensor, qparams: QParams, spec: QuantSpec, order: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The rounded weight [N, K] for weight [N, K], its grid [N, G] and `factorize`'s order and factor; and each column
+    [N, K] as it was when it was rounded."""
     columns = weight.t()[order].contiguous()  # [K, N]: a column is one run of memory
     scale, zero_point = (per_column(q, spec, weight.shape)[order] for q in qparams)
     column_spec = replace(spec, granularity="channel", group_size=None)
@@ -103,12 +105,11 @@ def solve(weight: Tensor, qparams: QParams, spec: QuantSpec, order: Tensor, fact
             qparams_i = QParams(scale[i, :, None], zero_point[i, :, None])
             out[i] = grid.fake_quantize(columns[i, :, None], qparams_i, column_spec, torch.float32)[:, 0]
             error = (columns[i] - out[i]) / factor[i, i]
-            columns[i:stop].addr_(factor[i, i:stop], error, alpha=-1)
+            columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
             errors[i - start] = error
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    result = torch.empty_like(out)
-    result[order] = out
-    return result.t().contiguous()
+    back = order.argsort()
+    return out[back].t().contiguous(), columns[back].t().contiguous()
 
 
 def per_column(q: Tensor, spec: QuantSpec, shape: torch.Size) -> Tensor:

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from qat.report.diagnosis import diagnosis
 from qat.report.figures import write_figures
 from qat.report.html import NOT_RUN, write_page
 from qat.report.html import details as _details
@@ -53,7 +54,7 @@ def write_report(run: Path) -> Path:
 
 
 def _warnings(record: RunRecord) -> str:
-    lines = warnings(record.results, record.parity, record.status)
+    lines = [*warnings(record.results, record.parity, record.status), *diagnosis(record)]
     if record.unreadable:
         shown, more = ", ".join(record.unreadable[:5]), len(record.unreadable) - 5
         lines.append(f"Could not be read and is left out: {shown}{f' and {more} more' if more > 0 else ''}.")

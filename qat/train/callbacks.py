@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat import ranks, signals
 from qat.checkpoints import Checkpoint, Checkpoints
-from qat.memory import peak_gib
+from qat.memory import peak_memory_gib
 from qat.metrics import Metrics
 from qat.nn.quant import quantized_weights, weight_health
 from qat.progress import say
@@ -105,7 +105,7 @@ class MetricsCallback(L.Callback):
                 lr=self._lr,
                 grad_norm=norm,
                 tokens_per_second=rate,
-                memory_gib=peak_gib(),
+                memory_gib=peak_memory_gib(),
             )
 
     def _watch(self, step: int, loss: float, is_new: bool) -> None:
@@ -148,12 +148,17 @@ class ValidationCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._done = trainer.global_step
+        if self._done == 0:  # the start, which the end is compared with
+            self._validate(pl_module, 0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step == self._done or step % self.every:
             return
         self._done = step
+        self._validate(pl_module, step)
+
+    def _validate(self, pl_module: Any, step: int) -> None:
         pl_module.student.eval()
         with tables_gathered(pl_module.student_loss):
             perplexity = self.score(pl_module.student)

@@ -16,6 +16,8 @@ never waits for a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +64,19 @@ class Phase:
     frozen: bool = False
     bits: int = 8
     codes_frozen: bool = False
+
+
+@contextmanager
+def not_observing(model: nn.Module) -> Iterator[None]:
+    """What passes through a model here changes no observer: held-out text chooses no grid."""
+    watching = [module for module in model.modules() if isinstance(module, FakeQuantize) and module.now.observing]
+    for module in watching:
+        module.now = replace(module.now, observing=False)
+    try:
+        yield
+    finally:
+        for module in watching:
+            module.now = replace(module.now, observing=True)
 
 
 class FakeQuantize(nn.Module):

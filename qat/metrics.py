@@ -85,12 +85,12 @@ class Metrics:
             self._wandb = None
 
     def truncate(self, step: int) -> None:
-        """Drop every line of a later step: a stage that goes on from `step` writes them anew."""
+        """Drop every line of a later step: a stage that goes on from `step` writes them anew. At step 0 all go."""
         if not is_main() or not self.path.is_file():
             return
         step += self.before
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text_atomic(self.path, "".join(line for line in lines if _step_of(line) <= step))
+        write_text_atomic(self.path, "".join(line for line in lines if 0 < step >= _step_of(line)))
 
     def close(self) -> None:
         """End the wandb run, if any."""

@@ -36,7 +36,7 @@ def textbook(hidden, head, bias, labels, teacher, weights):
     )
     shares = (theirs / t).softmax(-1), (logits / t).softmax(-1)
     term = kl if weights.beta == 0 else t**2 * jensen_shannon(*shares, weights.beta)
-    return weights.ce * ce + weights.kl * term, ce, kl
+    return weights.ce * ce + weights.kl * term, ce, term
 
 
 def jensen_shannon(teacher, student, beta):

@@ -64,7 +64,7 @@ def run(folder, model_dir, windows, scheme, options, schedule, cut=None, number=
 
     def score(_):
         steps.append(1)
-        if cut is not None and len(steps) == cut:
+        if cut is not None and len(steps) == cut + 1:  # the first is of step 0
             os.kill(os.getpid(), number)
         return 1.0
 

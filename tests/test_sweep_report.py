@@ -144,7 +144,12 @@ def test_sweep_of_two_real_trials_ends_with_a_best_recipe_that_composes(qat, tmp
     )
     words = ["sweep", "recipe=tiny", f"sweep={tmp_path / 's.yaml'}", f"model.path={tiny_model_dir}"]
     words += [f"data.path={tiny_text}", f"runs_dir={tmp_path / 'runs'}", "trainer.eval_every=1", "trainer.threads=1"]
-    words += ["evaluate.baselines=false", "logger=wandb_offline", "trainer.layer_stats_every=0"]
+    words += [
+        "evaluate.baselines=false",
+        "evaluate.decode_tokens=4",
+        "logger=wandb_offline",
+        "trainer.layer_stats_every=0",
+    ]
     done = subprocess.run([sys.executable, "-c", DRIVE, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "torch imported: False" in done.stdout

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qat import ranks, signals
 from qat.checkpoints import Checkpoint, Checkpoints
+from qat.fake_quant import not_observing
 from qat.memory import peak_memory_gib
 from qat.metrics import Metrics
 from qat.nn.quant import quantized_weights, weight_health
@@ -38,6 +39,9 @@ class MetricsCallback(L.Callback):
         self._lr = 0.0
         self._first_loss: float | None = None
         self._above = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        signals.listen()  # Lightning has put its own handlers over ours
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a checkpoint keeps of this callback: numbers, and tensors by name."""
@@ -148,7 +152,9 @@ class ValidationCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._done = trainer.global_step
-        if self._done == 0:  # the start, which the end is compared with
+        # the start, which the end is compared with; FSDP2 deals out parameters in the first training pass, not before
+        if self._done == 0 and self.metrics.before == 0 and pl_module.whole_student is None:
+            pl_module.enter_phase()
             self._validate(pl_module, 0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -160,7 +166,7 @@ class ValidationCallback(L.Callback):
 
     def _validate(self, pl_module: Any, step: int) -> None:
         pl_module.student.eval()
-        with tables_gathered(pl_module.student_loss):
+        with tables_gathered(pl_module.student_loss), not_observing(pl_module.student):
             perplexity = self.score(pl_module.student)
         self.metrics.write("validation", step, perplexity=perplexity)
         pl_module.student.train()
@@ -182,7 +188,6 @@ class CheckpointCallback(L.Callback):
         self._per_step = per_step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        signals.listen()  # Lightning has put its own handlers over ours
         if self.found is not None:
             seen = restore(self.found, trainer, pl_module.student)
             self.watcher.load_state(self.found.facts["watcher"], seen)

@@ -52,7 +52,7 @@ def distillation_loss(
         labels: [M] next tokens; every row is scored.
         teacher: None when weights.kl is 0.
     Returns:
-        loss, and the plain CE and KL means for the log (no gradient; 0 where the term is off).
+        loss, and the plain means of CE and T^2 D for the log (no gradient; 0 where the term is off).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         # cast once, not once per chunk
@@ -67,15 +67,15 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
-        ce_sum = kl_sum = term_sum = torch.zeros((), device=hidden.device)
+        ce_sum = kl_sum = torch.zeros((), device=hidden.device)
         dtype = head.dtype
         for start in range(0, count, weights.chunk):
             rows = slice(start, start + weights.chunk)
             h = hidden[rows].to(dtype)
             logits = torch.nn.functional.linear(h, head, bias).float()
             teacher_logits = None if teacher is None else _teacher_logits(teacher, rows)
-            d_logits, ce, kl, term = _chunk_gradient(logits, labels[rows], teacher_logits, weights)
-            ce_sum, kl_sum, term_sum = ce_sum + ce, kl_sum + kl, term_sum + term
+            d_logits, ce, kl = _chunk_gradient(logits, labels[rows], teacher_logits, weights)
+            ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
             d_logits = d_logits.div_(count)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -86,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(d_hidden, d_head, d_bias)
         ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
         ce_mean, kl_mean = ce_sum / count, kl_sum / count
-        loss = weights.ce * ce_mean + weights.kl * term_sum / count
+        loss = weights.ce * ce_mean + weights.kl * kl_mean
         ctx.mark_non_differentiable(ce_mean, kl_mean)
         return loss, ce_mean, kl_mean
 
@@ -106,10 +106,10 @@ def _teacher_logits(teacher: Teacher, rows: slice) -> Tensor:
 
 def _chunk_gradient(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, weights: LossWeights
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of the chunk's summed loss by its logits [m, V] float32, and the summed CE, KL and T^2 D."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the chunk's summed loss by its logits [m, V] float32, and the summed CE and T^2 D."""
     zero = torch.zeros((), device=logits.device)
-    gradient, ce, kl, term = None, zero, zero, zero
+    gradient, ce, kl = None, zero, zero
     if weights.ce > 0 or teacher_logits is None:
         log_p = logits.log_softmax(-1)
         ce = -log_p.gather(-1, labels[:, None]).sum()
@@ -120,30 +120,29 @@ def _chunk_gradient(
         temperature = weights.temperature
         log_t = (teacher_logits / temperature).log_softmax(-1)
         log_s = (logits / temperature).log_softmax(-1)
-        d_term, kl, term = (_jensen_shannon if weights.beta else _forward_kl)(log_t, log_s, weights.beta)
-        d_term.mul_(weights.kl * temperature)
-        kl, term = kl * temperature**2, term * temperature**2
-        gradient = d_term if gradient is None else gradient.add_(d_term)
+        d_kl, kl = _jensen_shannon(log_t, log_s, weights.beta) if weights.beta else _forward_kl(log_t, log_s)
+        d_kl.mul_(weights.kl * temperature)
+        kl = kl * temperature**2
+        gradient = d_kl if gradient is None else gradient.add_(d_kl)
     assert gradient is not None
-    return gradient, ce, kl, term
+    return gradient, ce, kl
 
 
-def _forward_kl(log_t: Tensor, log_s: Tensor, _: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the summed KL by the student's logits [m, V], and that sum twice; the arguments are overwritten."""
+def _forward_kl(log_t: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed KL by the student's logits [m, V], and that sum; the arguments are overwritten."""
     p_t = log_t.exp()
     kl = (p_t * log_t.sub_(log_s)).sum()
-    return log_s.exp_().sub_(p_t), kl, kl
+    return log_s.exp_().sub_(p_t), kl
 
 
-def _jensen_shannon(log_t: Tensor, log_s: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the summed divergence by the student's logits [m, V], the summed KL, and the summed divergence.
+def _jensen_shannon(log_t: Tensor, log_s: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed divergence by the student's logits [m, V], and that sum.
 
     With s the student's probabilities and g = (1 - beta) log(s / m), the gradient is s (g - sum of s g).
     """
     log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log(1 - beta))
     p_t, p_s = log_t.exp(), log_s.exp()
-    kl = (p_t * (log_t - log_s)).sum()
     g = (log_s - log_m).mul_(1 - beta)
     mean = (p_s * g).sum(-1, keepdim=True)
     term = (p_t * (log_t - log_m)).sum() * beta + mean.sum()
-    return p_s.mul_(g.sub_(mean)), kl, term
+    return p_s.mul_(g.sub_(mean)), term

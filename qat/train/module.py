@@ -182,6 +182,10 @@ class CausalLMModule(L.LightningModule):
             shard(self._teacher[0], self._teacher[0].model, mesh, device, whole.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.enter_phase()
+
+    def enter_phase(self) -> None:
+        """Bring the student into the phase of the step that comes next."""
         if not self.schedule:
             return
         state = state_at(self.global_step, self.schedule)

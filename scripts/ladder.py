@@ -36,7 +36,7 @@ RUNGS = (
     *("w4a16_row", "w4a16_g64", "w4a16_g32", "w4a8_g32", "w3a16_g64", "w8a8", "w2a16_g32"),
     *("kv8", "kv4", "mixed_3_5_bits", "mixed_3_bits"),
 )
-BASELINES = ("rtn", "rtn_mse", "gptq", "awq")
+BASELINES = ("rtn", "rtn_mse", "gptq", "awq", "squeezellm")
 TEXTS = ["play=play", "code=code"]
 # settings that change no number of a run
 ASIDE = ("name", "runs_dir", "overwrite", "cluster", "logger", "export")

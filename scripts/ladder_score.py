@@ -27,6 +27,7 @@ from qat.data import GRAM, TextWindows, fingerprint, load_windows, overlap
 from qat.errors import UserError
 from qat.evaluate.perplexity import score
 from qat.memory import peak_memory_gib, return_freed_memory
+from qat.ptq import squeezellm
 from qat.serve.load import read_export, serve
 from qat.stage_config import StagesConfig
 from qat.train.calibrate import calibrate
@@ -63,15 +64,25 @@ def describe(texts: dict[str, TextWindows]) -> dict[str, Any]:
 def baseline(config: RunConfig, model: Any, method: str, train: torch.Tensor) -> dict[str, Any]:
     """Quantize a float model in place by the run's plan and a post-training method; what was done."""
     started = time.perf_counter()
-    ptq = replace(config.ptq, method="none" if method == "rtn" else method, keep="weights")
+    is_plain = method in ("rtn", "squeezellm")
+    ptq = replace(config.ptq, method="none" if is_plain else method, keep="weights")
     static = FakeQuantConfig(weight_scale="static", calibration_batches=config.fake_quant.calibration_batches)
     # calibrated with seed 0 for every seed of the training
     config = replace(config, ptq=ptq, fake_quant=static, stages=StagesConfig(), seed=0)
+    floating = copy.deepcopy(model) if method == "squeezellm" else None
     coverage = build.rtn_layers(model, config) if method == "rtn" else build.quantize_layers(model, config)
-    build.check_ptq(model, coverage, train, config)
-    calibrate(model, train[: static.calibration_batches * config.trainer.batch_size], config.trainer.batch_size)
-    done = build.apply_ptq(model, train, config)
-    return {"seconds": time.perf_counter() - started, "calibration_tokens": done["tokens"] if done else 0}
+    shown = train[: static.calibration_batches * config.trainer.batch_size]
+    if floating is not None:
+        calibrate(model, shown, config.trainer.batch_size)
+        chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: ptq.windows]]
+        size, tokens = coverage.bytes + squeezellm.quantize_blocks(model, floating, chosen), chosen.numel()
+        facts: dict[str, Any] = {"calibration_tokens": tokens, "bits_per_weight": 8 * size / coverage.weights}
+    else:
+        build.check_ptq(model, coverage, train, config)
+        calibrate(model, shown, config.trainer.batch_size)
+        done = build.apply_ptq(model, train, config)
+        facts = {"calibration_tokens": done["tokens"] if done else 0}
+    return facts | {"seconds": time.perf_counter() - started}
 
 
 def scored(config: RunConfig, run: Path, names: list[str], others: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -30,22 +30,14 @@ from qat.ptq.blocks import find_blocks
 from qat.ptq.options import PtqOptions
 from qat.train.calibrate import calibrate
 
-SPARSE = 0.0045  # share of the weights that SqueezeLLM keeps apart
 
-
-def by_tables(model: Any, floating: Any, bits: int, train: Tensor, options: PtqOptions) -> tuple[PtqReport, int]:
+def by_tables(model: Any, floating: Any, train: Tensor, options: PtqOptions) -> tuple[PtqReport, int]:
     """SqueezeLLM on the decoder layers of `model`: what was done, and by how many bytes it differs from the plan's."""
-    started, names = time.perf_counter(), []
+    started = time.perf_counter()
     chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: options.windows]]
-    planned = 0
-    for block in find_blocks(model):
-        for name, target in block.targets.items():
-            names.append(name)
-            target.quantizing(False)
-            planned += target.spec.packed_bytes(tuple(target.module.weight.shape))
-    information = squeezellm.fisher(copy.deepcopy(floating), chosen, names)
-    size = squeezellm.quantize_model(model, information, bits, SPARSE)
-    return PtqReport("squeezellm", chosen.numel(), time.perf_counter() - started, len(names), []), size - planned
+    larger = squeezellm.quantize_blocks(model, copy.deepcopy(floating), chosen)
+    layers = sum(len(block.targets) for block in find_blocks(model))
+    return PtqReport("squeezellm", chosen.numel(), time.perf_counter() - started, layers, []), larger
 
 
 def main() -> None:
@@ -75,7 +67,7 @@ def main() -> None:
             options = PtqOptions(method, windows=args.windows, short_fraction=args.short_fraction)
             size = coverage.bytes
             if method == "squeezellm":
-                report, change = by_tables(model, floating, plan.default.weight.bits, windows.train, options)
+                report, change = by_tables(model, floating, windows.train, options)
                 size += change
             else:
                 check(model, coverage, windows.train, options)

@@ -83,9 +83,11 @@ def done(make):
 def test_rung_is_trained_and_scored_on_both_texts(done):
     results, recover, _ = done
     row = results["rungs"]["ladder_w4a16_g32_recover_seed0"]
-    assert recover[:2] == ["train", "score float packed rtn rtn_mse gptq awq"]
+    assert recover[:2] == ["train", "score float packed rtn rtn_mse gptq awq squeezellm"]
     assert set(row["models"]) == MODELS and row["missing"] == []
     assert all(set(model["texts"]) == {"own", "more"} for model in row["models"].values())
+    tables = row["models"]["squeezellm"]
+    assert tables["bits_per_weight"] > row["bits_per_weight"] and tables["calibration_tokens"] > 0
     # the packed model is the trained one, so on the run's own text both are one number
     assert row["models"]["packed"]["texts"]["own"]["perplexity"] == pytest.approx(row["fake_quant"], rel=1e-3)
     assert row["models"]["gptq"]["calibration_tokens"] > 0 and row["models"]["rtn"]["calibration_tokens"] == 0
@@ -97,8 +99,9 @@ def test_cache_rung_has_float_weights_and_only_rounding_as_baseline(done):
     row = done[0]["rungs"]["ladder_kv4_recover_seed0"]
     assert row["bits_per_weight"] == 32
     assert "texts" in row["models"]["rtn"] and row["models"]["gptq"]["refused"]
+    assert "needs decoder layers with quantized weights" in row["models"]["squeezellm"]["refused"][0]
     # the float model is that of the other rung, so it was not scored again
-    assert done[1][3] == "score packed rtn rtn_mse gptq awq"
+    assert done[1][3] == "score packed rtn rtn_mse gptq awq squeezellm"
 
 
 def test_adapt_has_a_control_that_is_kept_for_other_rungs(done, make):

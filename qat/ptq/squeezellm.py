@@ -5,8 +5,8 @@ Fisher information, sum over windows of the squared gradient. Before that, outli
 largest magnitudes of the layer, and a ninth of their number with the largest Fisher information.
 
 This grid is not uniform, so that no training layer or file format of this project holds it yet: the method is a
-baseline to be measured (`scripts/measure_ptq.py`), every bit counted. Needs gradients of the whole model, unlike the
-methods that stream block by block.
+baseline to be measured (scripts/ladder_score.py, scripts/measure_ptq.py), every bit counted. Needs gradients of the
+whole model, unlike the methods that stream block by block.
 Source: Kim et al. 2023, arXiv:2306.07629.
 
 Letters: N rows, K row length, C = 2^b table entries, P packed bytes per row, Z weights kept apart.
@@ -21,11 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from qat import grid
+from qat.errors import UserError, problem
+from qat.nn.quant import QuantLinear
 from qat.packing import pack_rows, unpack_rows
 from qat.progress import track
+from qat.ptq.blocks import find_blocks
 
 ROUNDS = 40
 BY_FISHER = 1 / 9
+SPARSE = 0.0045  # share of the weights kept apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,13 +154,33 @@ def _lloyd(ordered: Tensor, mass: Tensor, moment: Tensor, table: Tensor) -> tupl
     return table, gain
 
 
-@torch.no_grad()
-def quantize_model(model: nn.Module, information: dict[str, Tensor], bits: int, sparse_fraction: float) -> int:
-    """Replace the weights [N, K] named in `information` by what tables and sparse parts hold; the bytes of all."""
-    total = 0
-    for name in track(list(information), "squeezellm"):
-        linear: Any = model.get_submodule(name)
-        found = quantize(linear.weight, information[name], bits, sparse_fraction)
-        linear.weight.copy_(found.dequantize())
-        total += found.bytes
-    return total
+def quantize_blocks(model: nn.Module, floating: nn.Module, windows: Tensor) -> int:
+    """Replace the weights of the decoder layers by what tables and sparse parts of their width hold.
+
+    Args:
+        model: with the training layers of a plan; those replaced quantize no more.
+        floating: the model that `model` was made of, for the gradients.
+        windows: [n, block] token ids.
+    Returns:
+        By how many bytes the result is larger than the plan's.
+    Raises:
+        UserError: a layer has quantized inputs, more than 4 bits, or is no linear one.
+    """
+    targets = {name: target for block in find_blocks(model) for name, target in block.targets.items()}
+    fix = "Use gptq, or a scheme such as w4a16_row."
+    if not targets:
+        raise UserError(problem("squeezellm", "needs decoder layers with quantized weights", "none", fix))
+    for name, target in targets.items():
+        module, bits = target.module, target.spec.bits
+        if not isinstance(module, QuantLinear) or module.input_fake_quant is not None or bits > 4:
+            inputs = "float inputs" if module.input_fake_quant is None else "quantized inputs"
+            got = f"{type(module).__name__}, {target.spec.describe()}, {inputs}"
+            raise UserError(problem(name, "squeezellm takes linear weights of at most 4 bits alone", got, fix))
+    information = fisher(floating, windows, list(targets))
+    larger = 0
+    for name, target in track(list(targets.items()), "squeezellm"):
+        target.quantizing(False)
+        found = quantize(target.weight(), information[name], target.spec.bits, SPARSE)
+        target.put(found.dequantize())
+        larger += found.bytes - target.spec.packed_bytes(found.shape)
+    return larger

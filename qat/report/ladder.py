@@ -13,7 +13,7 @@ from typing import Any
 from qat.report.table import MISSING, markdown, number_text, perplexity_text
 
 OWN = "own"
-BASELINES = {"rtn": "RTN", "rtn_mse": "RTN+MSE", "gptq": "GPTQ", "awq": "AWQ"}
+BASELINES = {"rtn": "RTN", "rtn_mse": "RTN+MSE", "gptq": "GPTQ", "awq": "AWQ", "squeezellm": "SqueezeLLM"}
 SETTINGS = {
     "recover": "Recover: KL to the own float model; the control is the float model",
     "adapt": "Adapt: cross entropy on the text; the control is the float model fine-tuned on the same tokens",
@@ -117,11 +117,16 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         *(f"`{row['rung']}`", str(row["seed"]), number_text(row["bits_per_weight"], ".2f")),
         perplexity_text(perplexity_of(row, "float")),
         "= float" if row["control_is_float"] else perplexity_text(control),
-        *(perplexity_text(perplexity_of(row, name)) for name in BASELINES),
+        *(_baseline_cell(row, name) for name in BASELINES),
         *(perplexity_text(row["fake_quant"]), perplexity_text(packed)),
         *(number_text(share, ".0%") for share in shares),
         *(number_text(kl, ".4f"), f"{wanted}{mark}"),
     ]
+
+
+def _baseline_cell(row: dict[str, Any], name: str) -> str:
+    text, bits = perplexity_text(perplexity_of(row, name)), row["models"].get(name, {}).get("bits_per_weight")
+    return text if bits is None else f"{text} ({bits:.2f} b)"
 
 
 def _costs(rows: list[dict[str, Any]]) -> list[str]:
@@ -158,5 +163,8 @@ def _protocol(ladder: dict[str, Any]) -> str:
         f"{text['overlap']['share']:.2%} stand in the training text"
         for name, text in ladder["texts"].items()
     )
-    note = "SqueezeLLM, whose codes are not on a uniform grid, cannot be a run yet and is left out."
+    note = (
+        "SqueezeLLM, whose codes are not on a uniform grid, is measured on float weights with its values; its bits per "
+        "weight stand beside it. It is for weights alone, of one width of at most 4 bits."
+    )
     return f"{ladder['protocol']}. Texts: {texts}. {note}"

@@ -219,7 +219,7 @@ class TrainerConfig:
     """Steps between lines of metrics.jsonl."""
     layer_stats_every: int = 20
     """Steps between per-layer SQNR, clip share, code flips and scale drift; 0 is off."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 200
     """Steps between checkpoints that `qat resume` goes on from; 0 saves only when the run is asked to stop."""
     checkpoint_keep: int = 2
     """Newest checkpoints kept while training."""

@@ -28,6 +28,7 @@ from qat.errors import UserError
 from qat.evaluate.perplexity import score
 from qat.memory import peak_memory_gib, return_freed_memory
 from qat.ptq import squeezellm
+from qat.ptq.text import drawn
 from qat.serve.load import read_export, serve
 from qat.stage_config import StagesConfig
 from qat.train.calibrate import calibrate
@@ -74,7 +75,7 @@ def baseline(config: RunConfig, model: Any, method: str, train: torch.Tensor) ->
     shown = train[: static.calibration_batches * config.trainer.batch_size]
     if floating is not None:
         calibrate(model, shown, config.trainer.batch_size)
-        chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: ptq.windows]]
+        chosen = drawn(train, ptq.windows, 0)
         size, tokens = coverage.bytes + squeezellm.quantize_blocks(model, floating, chosen), chosen.numel()
         facts: dict[str, Any] = {"calibration_tokens": tokens, "bits_per_weight": 8 * size / coverage.weights}
     else:

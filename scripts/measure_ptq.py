@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qat import build, checks
@@ -24,17 +22,19 @@ from qat.cli.compose import compose_run
 from qat.data import load_windows
 from qat.evaluate.perplexity import score
 from qat.insert import FakeQuantOptions, insert
+from qat.memory import peak_memory_gib
 from qat.ptq import squeezellm
 from qat.ptq.apply import PtqReport, apply, check
 from qat.ptq.blocks import find_blocks
 from qat.ptq.options import PtqOptions
+from qat.ptq.text import drawn
 from qat.train.calibrate import calibrate
 
 
 def by_tables(model: Any, floating: Any, train: Tensor, options: PtqOptions) -> tuple[PtqReport, int]:
     """SqueezeLLM on the decoder layers of `model`: what was done, and by how many bytes it differs from the plan's."""
     started = time.perf_counter()
-    chosen = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: options.windows]]
+    chosen = drawn(train, options.windows, 0)
     larger = squeezellm.quantize_blocks(model, copy.deepcopy(floating), chosen)
     layers = sum(len(block.targets) for block in find_blocks(model))
     return PtqReport("squeezellm", chosen.numel(), time.perf_counter() - started, layers, []), larger
@@ -84,7 +84,7 @@ def main() -> None:
                 "short_fraction": args.short_fraction,
                 "tokens": report.tokens,
                 "seconds": round(report.seconds, 1),
-                "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+                "peak_gib": round(peak_memory_gib(), 2),
             }
             print(json.dumps(row), flush=True)
             rows.append(row)

@@ -196,6 +196,20 @@ def finished(tmp_path_factory, tiny_model_dir, tiny_text) -> Path:
 
 
 @pytest.fixture
+def own_signals():
+    """Handlers and requests to stop are of the process; give back what pytest had."""
+    import signal
+
+    from qat import signals
+
+    before = {number: signal.getsignal(number) for number in signals.REQUESTS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signals.forget()
+
+
+@pytest.fixture
 def qat(capsys):
     """`qat(words...)` -> (exit code, stdout, stderr) of the command, in this process."""
     from qat.cli.main import main

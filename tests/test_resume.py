@@ -39,14 +39,7 @@ LEARNED = FakeQuantOptions("lsq_plus", "learned", "mse")
 STATIC = FakeQuantOptions("ste_clipped", "static", "minmax")
 
 
-@pytest.fixture(autouse=True)
-def own_handlers():
-    """Handlers and requests are of the process; give back what pytest had."""
-    before = {number: signal.getsignal(number) for number in signals.REQUESTS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signals.forget()
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,9 @@ BLOCKS = ["stages=blockwise_then_kl", "stages.schedule.0.steps=3"]
 
 
 @pytest.fixture
-def applied(monkeypatch) -> list[str]:
+def applied(monkeypatch, own_signals) -> list[str]:
     """The method's name for every time that it is applied; signals and fresh processes stay inside the test."""
     monkeypatch.setattr(pipeline, "_fresh_process", same_process)
-    before = {number: signal.getsignal(number) for number in signals.REQUESTS}
     apply, found = pipeline.build.apply_ptq, []
 
     def noted(model, windows, config):
@@ -30,10 +29,7 @@ def applied(monkeypatch) -> list[str]:
         return apply(model, windows, config)
 
     monkeypatch.setattr(pipeline.build, "apply_ptq", noted)
-    yield found
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signals.forget()
+    return found
 
 
 def cut(stage: str, monkeypatch, *arguments) -> None:

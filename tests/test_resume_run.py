@@ -19,7 +19,7 @@ STAGES = ("loading", "training", "training the control", "evaluating", "exportin
 
 
 @pytest.fixture(autouse=True)
-def own_process(monkeypatch):
+def own_process(monkeypatch, own_signals):
     """Signals and fresh processes stay inside the test."""
 
     def listening(*arguments):
@@ -27,11 +27,6 @@ def own_process(monkeypatch):
         return same_process(*arguments)
 
     monkeypatch.setattr(pipeline, "_fresh_process", listening)
-    before = {number: signal.getsignal(number) for number in signals.REQUESTS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signals.forget()
 
 
 @pytest.fixture

@@ -158,14 +158,9 @@ RUN = ["distill=kl_ce", "trainer.max_steps=4", "trainer.checkpoint_every=2", STA
 
 
 @pytest.fixture
-def own_process(monkeypatch):
+def own_process(monkeypatch, own_signals):
     """Signals and fresh processes stay inside the test."""
     monkeypatch.setattr(pipeline, "_fresh_process", same_process)
-    before = {number: signal.getsignal(number) for number in signals.REQUESTS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signals.forget()
 
 
 def cut_after(calls: int, monkeypatch) -> None:

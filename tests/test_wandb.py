@@ -15,7 +15,7 @@ from qat.run_folder import RunFolder
 wandb = pytest.importorskip("wandb")
 
 
-def test_resumed_run_keeps_its_wandb_run(tmp_path, tiny_model_dir, tiny_text, monkeypatch):
+def test_resumed_run_keeps_its_wandb_run(tmp_path, tiny_model_dir, tiny_text, monkeypatch, own_signals):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setattr(pipeline, "_fresh_process", same_process)
@@ -27,7 +27,6 @@ def test_resumed_run_keeps_its_wandb_run(tmp_path, tiny_model_dir, tiny_text, mo
             os.kill(os.getpid(), signal.SIGTERM)
 
     words = ["logger=wandb_offline", "evaluate.baselines=false", "trainer.max_steps=3"]
-    before = {number: signal.getsignal(number) for number in signals.REQUESTS}
     try:
         with monkeypatch.context() as patch:
             patch.setattr(RunFolder, "stage", told)
@@ -40,9 +39,6 @@ def test_resumed_run_keeps_its_wandb_run(tmp_path, tiny_model_dir, tiny_text, mo
         assert main(["resume", str(run)]) == 0
     finally:
         wandb.teardown()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signals.forget()
     assert first and read(run, "manifest.json")["wandb_run"] == first
     # both processes wrote a file of the same run, which `wandb sync` sends as one
     files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))

@@ -6,6 +6,8 @@ Subclasses say how one tensor's statistics join the state.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from qat.grid import QParams
 from qat.scheme import QuantSpec
 
 
-class Observer(nn.Module):
+class Observer(nn.Module, ABC):
     """Keeps the range [low, high] of every group of what it has seen.
 
     Args:
@@ -57,9 +59,9 @@ class Observer(nn.Module):
         """One range [..., G] for the parts of a batch that the processes of a job hold: the extremes."""
         return ranks.reduced(low, "min"), ranks.reduced(high, "max")
 
+    @abstractmethod
     def join(self, low: Tensor, high: Tensor) -> None:
         """Merge one tensor's range [..., G] into the state."""
-        raise NotImplementedError
 
     def qparams(self, spec: QuantSpec) -> QParams:
         """The grid [..., G] for what was seen; `spec` may differ from the own one in bits only (bit progression)."""

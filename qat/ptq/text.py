@@ -15,13 +15,17 @@ SHORTEST = 4
 TOKENS_PER_BATCH = 1024
 
 
+def drawn(windows: Tensor, count: int, seed: int) -> Tensor:
+    """`count` of the windows [n, block], without repetition."""
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
 def batches(windows: Tensor, count: int, short_fraction: float, seed: int) -> list[Tensor]:
     """Batches of token ids, int64 [B, T] with one T each: `count` of the windows [n, block], drawn without repetition.
 
     `short_fraction` of them are cut into pieces of an eighth of the block (never below 4 tokens).
     """
-    generator = torch.Generator().manual_seed(seed)
-    chosen = windows[torch.randperm(len(windows), generator=generator)[:count]]
+    chosen = drawn(windows, count, seed)
     block = windows.shape[1]
     piece = max(SHORTEST, block // PIECES)
     short = int(short_fraction * len(chosen)) if piece < block else 0
